@@ -1,0 +1,255 @@
+"""``LearnConfig``: every number that changes what is learned, with its meaning, its default and its check.
+
+A YAML file states only what differs from the defaults here; ``--params key=value`` overrides both. Values are parsed
+as YAML and then brought to the field's type, since YAML itself reads ``5e-4`` as a string and ``256,256`` as one too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+import yaml
+
+from errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """Settings of one training run.
+
+    Raises:
+        InputError: If a value is outside what its field allows.
+    """
+
+    # --- Model ---
+    # Kind of ensemble: Gaussian members trained on their likelihood, or point predictions trained on squared error.
+    probabilistic: bool = False
+    # Members, all trained at once; each has its own initialisation and order of minibatches.
+    ensemble_size: int = 7
+    # Units of each hidden layer; as many layers as numbers, [] for a linear model.
+    hidden_size: tuple[int, ...] = (256, 256, 256, 256)
+    # Activation between layers; swish is another name of silu.
+    activation_fn: Literal["silu", "swish", "relu", "gelu", "elu", "tanh"] = "silu"
+    # Layer normalisation of each hidden layer, before its activation.
+    layer_norm: bool = False
+    # Also learn the reward r(s, a, s') with a network of its own, so that the dynamics are the same with and without.
+    learn_reward: bool = False
+    # Units of each hidden layer of the reward network.
+    reward_hidden_size: tuple[int, ...] = (128, 128)
+
+    # --- Optimisation ---
+    # Passes over the training rows.
+    fit_epochs: int = 30
+    # Rows per member and step; the last batch of an epoch holds what is left.
+    batch_size: int = 256
+    # Learning rate of Adam: where it starts, or its peak for onecycle.
+    fit_lr: float = 2e-3
+    # Course of the learning rate; null keeps it constant.
+    scheduler: Literal["exponential", "multistep", "cosine", "onecycle"] | None = "onecycle"
+    # Factor per epoch (exponential) or per milestone (multistep).
+    scheduler_gamma: float = 0.99
+    # Epochs after which multistep applies its factor.
+    scheduler_milestones: tuple[int, ...] = ()
+    # Share of all steps in which onecycle climbs to its peak.
+    warmup_fraction: float = 0.1
+    # Decay of weights (not of biases) per unit of learning rate; one number, or one per layer, output layer last.
+    weight_decay: float | tuple[float, ...] = 0.0
+    # decoupled: AdamW (Loshchilov and Hutter 2019); coupled: 0.5 * decay * |W|^2 in the loss, as in PETS and MOPO.
+    weight_decay_mode: Literal["decoupled", "coupled"] = "decoupled"
+    # Exponent of beta-NLL (Seitzer et al. 2022): 0 is the plain likelihood, 1 weighs errors like squared error does.
+    beta_nll: float = 0.0
+    # Largest norm of a member's gradient per step; null leaves gradients as they are.
+    grad_clip: float | None = None
+
+    # --- Data ---
+    # Train each member on its own draw, with replacement, of as many training rows as there are.
+    bootstrap: bool = False
+    # Seed of the split into training and held-out trajectories; null takes seed.
+    split_seed: int | None = None
+
+    # --- Selection, by validation error ---
+    # Epochs without improvement after which a member stops; training ends when all have. Needs a holdout.
+    patience: int | None = None
+    # Members, best first, that are marked as elites; null marks all.
+    num_elites: int | None = None
+
+    # --- Reproducibility ---
+    # Seed of every random stream of the run.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks ranges; types are checked where values enter, in ``load_config``."""
+        for name in ("ensemble_size", "fit_epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("hidden_size", "reward_hidden_size"):
+            sizes = getattr(self, name)
+            _require(min(sizes, default=1) >= 1, name, sizes, "positive layer sizes")
+        for name in ("patience", "num_elites"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "null or at least 1")
+        for name in ("fit_lr", "scheduler_gamma"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("beta_nll", "warmup_fraction"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 2**32, name, value, "a whole number from 0 to 2^32 - 1")
+        _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "null or a positive number")
+        decays = self.layer_decays
+        _require(min(decays) >= 0, "weight_decay", self.weight_decay, "no negative number")
+        layers = len(self.hidden_size) + 1
+        _require(
+            len(decays) == layers,
+            "weight_decay",
+            self.weight_decay,
+            f"one number, or one for each of the {layers} layers (hidden layers and output)",
+        )
+        _require(
+            self.scheduler != "multistep" or len(self.scheduler_milestones) > 0,
+            "scheduler_milestones",
+            self.scheduler_milestones,
+            "the epochs at which the multistep scheduler applies its factor",
+        )
+        _require(
+            self.num_elites is None or self.num_elites <= self.ensemble_size,
+            "num_elites",
+            self.num_elites,
+            f"at most ensemble_size ({self.ensemble_size})",
+        )
+        _require(self.probabilistic or self.beta_nll == 0, "beta_nll", self.beta_nll, "0 for a deterministic ensemble")
+
+    @property
+    def layer_decays(self) -> tuple[float, ...]:
+        """Weight decay of each layer, output layer last."""
+        if isinstance(self.weight_decay, tuple):
+            return self.weight_decay
+        return (self.weight_decay,) * (len(self.hidden_size) + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain Python types, tuples as lists, ready for YAML, JSON or pickle."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def to_yaml(self) -> str:
+        """Returns the effective configuration as a YAML file that ``load_config`` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> LearnConfig:
+    """Reads a YAML file of settings and applies ``key=value`` overrides, the last one of a key winning.
+
+    Raises:
+        InputError: If the file cannot be read, a key is unknown (the closest one is named) or a value does not fit.
+    """
+    values = dict(_read_yaml(Path(path)))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"--params got {override!r}; expected key=value, such as fit_epochs=100")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--params {key}: {text!r} cannot be read as a value; quote it as in YAML") from None
+    return config_from_dict(values, source=str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> LearnConfig:
+    """Builds a configuration from plain values, each brought to its field's type.
+
+    Args:
+        values: Settings by name; what is missing keeps its default.
+        source: Where the values come from, for the error message.
+
+    Raises:
+        InputError: If a key is unknown or a value does not fit its field.
+    """
+    types = typing.get_type_hints(LearnConfig)
+    typed = {}
+    for key, value in values.items():
+        if key not in types:
+            hint = did_you_mean(str(key), types)
+            raise InputError(f"{source}: unknown setting {key!r}{hint}; config.py lists every setting")
+        try:
+            typed[key] = _coerce(value, types[key])
+        except (TypeError, ValueError):
+            raise InputError(f"{source}: {key} is {value!r}; expected {_describe(types[key])}") from None
+    return LearnConfig(**typed)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [known.name for known in path.parent.glob("*.yaml")])
+        raise InputError(f"configuration {str(path)!r} does not exist{near}; see the folder configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {str(path)!r} cannot be read ({error}); expected a YAML text file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
+    if values is None:  # a file of comments only: all defaults
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"configuration {str(path)!r} holds a {type(values).__name__}; expected lines of 'key: value'")
+    return values
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value!r}; expected {expected}")
+
+
+def _coerce(value: Any, wanted: Any) -> Any:
+    """Brings a YAML value to a field's type, the way a person means it; raises TypeError or ValueError."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, UnionType):
+        if type(None) in arguments and (value is None or str(value).lower() in ("none", "null")):
+            return None
+        for option in arguments:
+            try:
+                return _coerce(value, option)
+            except (TypeError, ValueError):
+                continue
+        raise TypeError
+    if origin is Literal:
+        name = str(value).lower()
+        if name in arguments:
+            return name
+        raise ValueError
+    if origin is tuple:
+        if isinstance(value, str):
+            value = value.strip("()[] ").split(",")
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, arguments[0]) for item in items if item != "")
+    if wanted is bool:
+        named = {"true": True, "false": False}
+        if str(value).lower() not in named:
+            raise ValueError
+        return named[str(value).lower()]
+    if wanted is type(None) or isinstance(value, bool) or value is None:
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    if wanted is int:
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    return number
+
+
+def _describe(wanted: Any) -> str:
+    """Says in words what values a field's type admits."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(arguments)
+    if origin is tuple:
+        return f"a list, each {_describe(arguments[0])}"
+    return {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}[wanted]
