@@ -1,0 +1,75 @@
+"""Probabilistic members: a Gaussian over the next state, trained on its negative log-likelihood.
+
+The loss is that of PETS (Chua et al. 2018, appendix A.1): ``mean((mu - y)^2 / var + logvar)`` with the log-variance
+soft-clamped between bounds that are learned, and ``0.01 * (sum(max_logvar) - sum(min_logvar))`` that draws the bounds
+together. Difference: with ``beta_nll`` above 0 each term is weighted by the variance to that power, held constant
+(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dynamics_model import Architecture, Array, DynamicsModel, DynamicsNetwork, Normalisation, NormalisedRows
+
+_INITIAL_MAX_LOGVAR = 0.5
+_INITIAL_MIN_LOGVAR = -10.0
+_BOUNDS_WEIGHT = 0.01
+
+
+class ProbabilisticNetwork(DynamicsNetwork):
+    """Networks with two heads: mean and log-variance of the change.
+
+    Attributes:
+        beta_nll: Exponent of the variance that weighs each term of the loss; 0 is the plain likelihood.
+        max_logvar: Upper bound of the log-variance, ``(ensemble, 1, learned_dim)``, learned, normalised units.
+        min_logvar: Lower bound of the same.
+    """
+
+    heads: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        normalisation: Normalisation,
+        ensemble_size: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(architecture, normalisation, ensemble_size, generator)
+        self.beta_nll = 0.0
+        self.max_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MAX_LOGVAR))
+        self.min_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MIN_LOGVAR))
+
+    def interpret(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits outputs into mean and soft-clamped log-variance, both ``(ensemble, batch, learned_dim)``."""
+        mean, log_variance = outputs.chunk(2, dim=-1)
+        log_variance = self.max_logvar - functional.softplus(self.max_logvar - log_variance)
+        log_variance = self.min_logvar + functional.softplus(log_variance - self.min_logvar)
+        return mean, log_variance
+
+    def losses(self, rows: NormalisedRows) -> tuple[Tensor, Tensor]:
+        """(beta-)NLL with the regulariser of the bounds per member, and the plain NLL to report, ``(ensemble,)``."""
+        mean, log_variance = self.normalised(rows.inputs)
+        terms = (mean - rows.targets).square() * (-log_variance).exp() + log_variance
+        reported = terms.detach().mean(dim=(1, 2))
+        if self.beta_nll > 0:
+            terms = terms * (self.beta_nll * log_variance.detach()).exp()
+        bounds = (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
+        return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds, reported
+
+
+class ProbabilisticModel(DynamicsModel):
+    """A member that predicts a Gaussian."""
+
+    network_class: ClassVar[type[DynamicsNetwork]] = ProbabilisticNetwork
+    kind: ClassVar[str] = "probabilistic"
+    loss_name: ClassVar[str] = "gauss_loss"
+
+    def forward(self, states: Array, actions: Array) -> tuple[Tensor, Tensor]:
+        """Predicts mean and variance of the next state, both ``(..., state_dim)``, raw units (squared)."""
+        mean, variance = self.network.predict(self._tensor(states), self._tensor(actions))
+        return mean[0], variance[0]
