@@ -1,0 +1,399 @@
+"""collect_dataset: what the file holds, what makes it reproducible, what is refused; and the bundled datasets."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import collect_dataset
+from collect_dataset import RandomPolicy, SquashedGaussianPolicy, collect, main, make_env
+
+pytest.importorskip("mujoco")
+gymnasium = pytest.importorskip("gymnasium")
+h5py = pytest.importorskip("h5py")
+
+KEYS = {"observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "infos/qpos", "infos/qvel"}
+DATA = Path(__file__).parent.parent / "data"
+BUNDLED = {
+    "hopper-medium-demo": ("Hopper-v5", KEYS),
+    "hopper-random-demo": ("Hopper-v5", KEYS),
+    "hopper-medium-noisy-demo": ("Hopper-v5", KEYS),
+    "halfcheetah-medium-demo": ("HalfCheetah-v5", KEYS - {"next_observations"}),
+}
+
+
+def read(path):
+    """Returns the columns and the attributes of a dataset."""
+    columns = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda key, item: columns.update({key: item[:]}) if isinstance(item, h5py.Dataset) else None)
+        return columns, dict(file.attrs)
+
+
+def collect_file(path, *flags, env="Hopper-v5", steps=200):
+    main(["--env", env, "--steps", str(steps), "--output", str(path), *flags])
+    return read(path)
+
+
+def small_policy(env, seed=0):
+    """A policy of the saved kind with random weights: 8 hidden units."""
+    random = np.random.default_rng(seed)
+    observation_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+
+    def draw(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    arrays = {"low": env.action_space.low, "high": env.action_space.high}
+    arrays |= {"weight_0": draw(8, observation_dim), "bias_0": draw(8)}
+    arrays |= {"mean_weight": draw(action_dim, 8), "mean_bias": draw(action_dim)}
+    arrays |= {"log_std_weight": draw(action_dim, 8) / 8, "log_std_bias": draw(action_dim)}
+    return SquashedGaussianPolicy(arrays, "small: random weights")
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return make_env("Hopper-v5")
+
+
+@pytest.fixture
+def policy_file(tmp_path, hopper):
+    path = tmp_path / "policy.npz"
+    small_policy(hopper).save(path, "Hopper-v5")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def test_file_holds_d4rl_keys_and_how_it_was_made(tmp_path):
+    columns, attributes = collect_file(tmp_path / "new" / "random.hdf5", "--seed", "3", "--process_noise", "0.5")
+
+    assert set(columns) == KEYS
+    widths = {"observations": 11, "next_observations": 11, "actions": 3, "infos/qpos": 6, "infos/qvel": 6}
+    for key, column in columns.items():
+        assert column.shape == ((200, widths[key]) if key in widths else (200,)), key
+        assert column.dtype == (bool if key in ("terminals", "timeouts") else np.float32), key
+        assert np.isfinite(column).all()
+    assert attributes["env"] == "Hopper-v5"
+    assert attributes["policy"].startswith("random")
+    assert (attributes["seed"], attributes["process_noise"]) == (3, 0.5)
+    assert "--process_noise 0.5" in attributes["command"]
+    assert {f"{name}_version" for name in ("python", "gymnasium", "mujoco", "numpy")} <= set(attributes)
+
+
+def test_mean_return_is_over_whole_episodes(tmp_path):
+    columns, attributes = collect_file(tmp_path / "random.hdf5")
+
+    ends = np.flatnonzero(columns["terminals"])  # 200 random Hopper steps fall often and never reach the time limit
+    returns = [part.sum() for part in np.split(columns["rewards"].astype(np.float64), ends + 1)[:-1]]
+    assert attributes["episodes"] == len(returns) > 1
+    assert attributes["mean_return"] == pytest.approx(np.mean(returns), rel=1e-5)
+
+
+def test_rows_of_an_episode_follow_each_other_and_no_others_do(tmp_path):
+    columns, _ = collect_file(tmp_path / "random.hdf5")
+
+    ends = columns["terminals"] | columns["timeouts"]
+    follows = (columns["next_observations"][:-1] == columns["observations"][1:]).all(axis=1)
+    np.testing.assert_array_equal(follows, ~ends[:-1])
+    assert ends[-1], "the last row ends its episode, so that files can be concatenated"
+
+
+def test_time_limit_is_a_timeout_and_not_a_terminal(tmp_path):
+    columns, attributes = collect_file(tmp_path / "cheetah.hdf5", env="HalfCheetah-v5", steps=1500)
+
+    assert not columns["terminals"].any()
+    np.testing.assert_array_equal(np.flatnonzero(columns["timeouts"]), [999, 1499])
+    assert attributes["episodes"] == 1, "the second was cut by the end of the file"
+
+
+def test_environment_without_mujoco_has_no_simulator_state(tmp_path):
+    columns, _ = collect_file(tmp_path / "pendulum.hdf5", env="Pendulum-v1", steps=10)
+
+    assert set(columns) == {key for key in KEYS if not key.startswith("infos/")}
+    assert np.abs(columns["actions"]).max() > 1, "Pendulum's actions span -2 to 2"
+
+
+def test_oldest_layout_lacks_next_observations_only(tmp_path):
+    full, _ = collect_file(tmp_path / "full.hdf5")
+    oldest, _ = collect_file(tmp_path / "oldest.hdf5", "--drop_next_observations")
+
+    assert set(full) - set(oldest) == {"next_observations"}
+    for key, column in oldest.items():
+        np.testing.assert_array_equal(column, full[key])
+
+
+@pytest.mark.parametrize(("env_id", "tolerance"), [("Hopper-v5", 1e-5), ("HalfCheetah-v5", 1e-3)])
+def test_simulator_reset_to_a_row_reproduces_what_followed(env_id, tolerance):
+    env = make_env(env_id)
+    columns, _ = collect(env, RandomPolicy(env.action_space.low, env.action_space.high), 300, seed=0)
+    simulator = make_env(env_id)
+    simulator.reset(seed=1)
+
+    for row in range(300):
+        simulator.unwrapped.set_state(*(columns[f"infos/{name}"][row].astype(np.float64) for name in ("qpos", "qvel")))
+        observation = simulator.unwrapped.step(columns["actions"][row])[0]
+        # Changes per step are of the order of 1; the differences come from keeping the state in float32.
+        np.testing.assert_allclose(observation, columns["next_observations"][row], atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ reproducible
+
+
+def test_seed_decides_everything(tmp_path):
+    first, _ = collect_file(tmp_path / "first.hdf5", "--seed", "1", "--process_noise", "0.1")
+    again, _ = collect_file(tmp_path / "again.hdf5", "--seed", "1", "--process_noise", "0.1")
+    other, _ = collect_file(tmp_path / "other.hdf5", "--seed", "2", "--process_noise", "0.1")
+
+    for key, column in first.items():
+        np.testing.assert_array_equal(column, again[key])
+    assert not np.array_equal(first["actions"], other["actions"])
+    assert not np.array_equal(first["observations"][0], other["observations"][0])
+
+
+def test_process_noise_changes_what_happens_but_not_what_was_intended(tmp_path):
+    calm, _ = collect_file(tmp_path / "calm.hdf5", steps=1)
+    noisy, _ = collect_file(tmp_path / "noisy.hdf5", "--process_noise", "0.3", steps=1)
+
+    np.testing.assert_array_equal(calm["observations"], noisy["observations"])
+    np.testing.assert_array_equal(calm["actions"], noisy["actions"])
+    assert np.abs(calm["next_observations"] - noisy["next_observations"]).max() > 1e-3
+
+
+def test_executed_action_stays_in_the_action_space(hopper):
+    class Recorder(gymnasium.Wrapper):
+        executed: list = []  # noqa: RUF012 - one recorder, one list
+
+        def step(self, action):
+            self.executed.append(action)
+            return super().step(action)
+
+    recorder = Recorder(hopper)
+    columns, _ = collect(recorder, RandomPolicy(*[np.full(3, value) for value in (-1.0, 1.0)]), 500, 0, 0.5)
+
+    executed = np.array(recorder.executed)
+    inside = np.abs(executed) < 1
+    assert np.abs(executed).max() == 1.0
+    # Standard deviation of the noise where clipping did not cut it, for intended actions near zero: 0.5 within 20%.
+    central = inside & (np.abs(columns["actions"]) < 0.1)
+    assert (executed - columns["actions"])[central].std() == pytest.approx(0.45, rel=0.2)
+
+
+def test_saved_policy_acts_as_before(tmp_path, hopper, policy_file):
+    policy = small_policy(hopper)
+    loaded = SquashedGaussianPolicy.load(policy_file, hopper)
+    observation = np.linspace(-1, 1, 11)
+
+    np.testing.assert_array_equal(
+        loaded(observation, np.random.default_rng(5)), policy(observation, np.random.default_rng(5))
+    )
+    assert loaded.description == policy.description
+
+    first, attributes = collect_file(tmp_path / "first.hdf5", "--policy", str(policy_file))
+    again, _ = collect_file(tmp_path / "again.hdf5", "--policy", str(policy_file))
+    for key, column in first.items():
+        np.testing.assert_array_equal(column, again[key])
+    assert attributes["policy"] == "small: random weights"
+
+
+def test_squashed_gaussian_follows_its_formula():
+    one, zero = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    arrays = {"weight_0": one, "bias_0": zero, "mean_weight": one, "mean_bias": zero}
+    arrays |= {"log_std_weight": 0 * one, "log_std_bias": zero - 100, "low": zero, "high": zero + 4}
+    policy = SquashedGaussianPolicy(arrays, "")
+
+    # A negative observation is cut to 0 by the ReLU: tanh(0) = 0 is the middle of 0 to 4.
+    assert policy(np.array([-3.0]), np.random.default_rng(0)) == pytest.approx([2.0], abs=1e-6)
+    # 0.5 passes: 2 + 2 tanh(0.5); the log standard deviation of -100 is clipped to -20, next to no noise.
+    assert policy(np.array([0.5]), np.random.default_rng(0)) == pytest.approx([2 + 2 * np.tanh(0.5)], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ soft actor-critic
+
+
+@pytest.fixture
+def short_training(monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "learning_starts", 50)
+    monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "policy_kwargs", {"net_arch": [8, 8]})
+    monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "batch_size", 8)
+    monkeypatch.setattr(collect_dataset, "EVALUATE_EVERY", 100)
+    monkeypatch.setattr(collect_dataset, "EVALUATION_EPISODES", 2)
+
+
+def test_sac_trains_saves_and_collects_what_its_file_collects_again(tmp_path, short_training):
+    trained, attributes = collect_file(tmp_path / "sac.hdf5", "--policy", "sac", "--target_return", "-1000000")
+    again, _ = collect_file(tmp_path / "again.hdf5", "--policy", str(tmp_path / "sac.npz"))
+
+    assert attributes["policy"].startswith("sac: stochastic actions after 100 training steps")
+    for key, column in trained.items():
+        np.testing.assert_array_equal(column, again[key])
+
+
+def test_target_out_of_reach_keeps_the_best_policy(tmp_path, short_training, capsys):
+    flags = ["--policy", "sac", "--target_return", "1e9", "--max_train_steps", "250"]
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "sac.hdf5", *flags, "--save_policy", str(tmp_path / "best.npz"))
+
+    assert "--policy" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+    collect_file(tmp_path / "from_best.hdf5", "--policy", str(tmp_path / "best.npz"))
+
+
+def test_policy_copied_from_an_actor_agrees_with_it(hopper):
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    model = stable_baselines3.SAC("MlpPolicy", hopper, policy_kwargs={"net_arch": [8, 8]}, buffer_size=1, seed=0)
+    policy = SquashedGaussianPolicy.from_actor(model.actor, hopper.action_space.low, hopper.action_space.high, "")
+
+    for observation in np.random.default_rng(0).standard_normal((20, 11)).astype(np.float32):
+        mean, log_std = policy.gaussian(observation)
+        expected_mean, expected_log_std, _ = model.actor.get_action_dist_params(
+            model.policy.obs_to_tensor(observation)[0]
+        )
+        np.testing.assert_allclose(mean, expected_mean.detach().numpy()[0], atol=1e-5)
+        np.testing.assert_allclose(log_std, expected_log_std.detach().numpy()[0], atol=1e-5)
+        # Without noise the squashed mean is what stable-baselines3 calls the deterministic action.
+        np.testing.assert_allclose(np.tanh(mean), model.predict(observation, deterministic=True)[0], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env", "Hoper-v5"], "did you mean 'Hopper-v5'?"),
+        (["--env", "CartPole-v1"], "expected a vector of floats"),
+        (["--policy", "nowhere.npz"], "'nowhere.npz' is not a file"),
+        (["--steps", "0"], "expected at least 1"),
+        (["--steps", "-5"], "expected at least 1"),
+        (["--seed", "-1"], "expected 0 or more"),
+        (["--process_noise", "-0.1"], "expected 0 or more"),
+        (["--process_noise", "nan"], "expected 0 or more"),
+        (["--policy", "sac"], "needs --target_return"),
+        (["--policy", "sac", "--target_return", "1", "--max_train_steps", "0"], "expected at least 1"),
+        (["--target_return", "100"], "is for --policy sac"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--env", "Hopper-v5", "--steps", "10", "--output", str(tmp_path / "data.hdf5"), *flags])
+
+    assert_one_line(capsys, message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [([], "--env is missing"), (["--env", "Hopper-v5"], "--output is missing")]
+)
+def test_missing_flag_is_named(capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert_one_line(capsys, message)
+
+
+def test_existing_output_is_kept_unless_told(tmp_path, capsys):
+    path = tmp_path / "data.hdf5"
+    path.write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(path)
+
+    assert_one_line(capsys, "--overwrite")
+    assert path.read_text() == "precious"
+    columns, _ = collect_file(path, "--overwrite", steps=5)
+    assert len(columns["rewards"]) == 5
+
+
+def test_existing_policy_is_kept_unless_told(tmp_path, capsys):
+    path = tmp_path / "data.npz"
+    path.write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "data.hdf5", "--policy", "sac", "--target_return", "1")
+
+    assert_one_line(capsys, "--overwrite")
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["file/data.hdf5", "folder"])
+def test_output_that_cannot_be_written_is_refused(tmp_path, capsys, name):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / name)
+
+    assert_one_line(capsys, name)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder"}
+
+
+def test_policy_of_another_environment_or_format_is_refused(tmp_path, capsys, policy_file):
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "data.hdf5", "--policy", str(policy_file), env="HalfCheetah-v5")
+    assert_one_line(capsys, "was trained in 'Hopper-v5'")
+
+    text, pickled, partial = tmp_path / "text.npz", tmp_path / "pickled.npz", tmp_path / "partial.npz"
+    text.write_text("no archive")
+    np.savez(pickled, env=np.array({"a": 1}, dtype=object))
+    np.savez(partial, env="Hopper-v5", description="no weights", low=np.zeros(3), high=np.ones(3))
+    for path in (text, pickled, partial):
+        with pytest.raises(SystemExit, match="2"):
+            collect_file(tmp_path / "data.hdf5", "--policy", str(path))
+        assert_one_line(capsys, "cannot be read")
+    assert not (tmp_path / "data.hdf5").exists()
+
+
+def test_sac_without_stable_baselines3_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "data.hdf5", "--policy", "sac", "--target_return", "1")
+    assert_one_line(capsys, "pip install stable-baselines3")
+
+
+def assert_one_line(capsys, message):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ described, bundled
+
+
+def test_describe_prints_a_table_of_any_datasets(tmp_path, capsys):
+    collect_file(tmp_path / "ours.hdf5")
+    with h5py.File(tmp_path / "theirs.hdf5", "w") as file:
+        file["rewards"] = np.zeros(7)
+    (tmp_path / "text.hdf5").write_text("no dataset")
+    capsys.readouterr()
+
+    main(["--describe", str(tmp_path / "ours.hdf5"), str(tmp_path / "theirs.hdf5")])
+    _, _, ours, theirs = capsys.readouterr().out.strip().splitlines()
+    assert ours.startswith("| ours.hdf5 | Hopper-v5 | random")
+    assert theirs.startswith("| theirs.hdf5 | - | - | - | - | - | 7 |")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--describe", str(tmp_path / "text.hdf5")])
+    assert_one_line(capsys, "text.hdf5")
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_dataset_is_whole(name):
+    env_id, keys = BUNDLED[name]
+    columns, attributes = read(DATA / f"{name}.hdf5")
+
+    assert set(columns) == keys
+    assert attributes["env"] == env_id
+    assert {len(column) for column in columns.values()} == {50_000}
+    assert all(np.isfinite(column).all() for column in columns.values())
+    ends = columns["terminals"] | columns["timeouts"]
+    if "next_observations" in keys:
+        follows = (columns["next_observations"][:-1] == columns["observations"][1:]).all(axis=1)
+        np.testing.assert_array_equal(follows, ~ends[:-1])
+    assert abs(int(ends.sum()) - attributes["episodes"]) <= 1
+
+
+def test_bundled_policies_fit_and_everything_is_small():
+    for path in (DATA / "policies").glob("*.npz"):
+        env = make_env("HalfCheetah-v5" if path.stem.startswith("halfcheetah") else "Hopper-v5")
+        assert SquashedGaussianPolicy.load(path, env).description.startswith("sac: ")
+    size = sum(path.stat().st_size for pattern in ("*.hdf5", "policies/*.npz") for path in DATA.glob(pattern))
+    assert size < 25e6
