@@ -27,7 +27,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -102,24 +102,18 @@ class Normalisation:
     reward_scale: Tensor
 
     @classmethod
-    def from_transitions(
-        cls, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray, rewards: np.ndarray
-    ) -> Normalisation:
-        """Measures training rows.
-
-        Args:
-            states: ``(rows, state_dim)``, raw units.
-            actions: ``(rows, action_dim)``, raw units.
-            next_states: ``(rows, state_dim)``, raw units.
-            rewards: ``(rows,)``, raw units.
+    def from_transitions(cls, transitions: Transitions) -> Normalisation:
+        """Measures training rows, raw units.
 
         Raises:
-            ValueError: If no state dimension ever changes by a varying amount, so that there is nothing to learn.
+            ValueError: If every state dimension changes by a constant, so that there is nothing to learn.
         """
-        state_shift, state_scale = _shift_and_scale(lambda rows: states[rows], len(states))
-        action_shift, action_scale = _shift_and_scale(lambda rows: actions[rows], len(states))
-        delta_shift, delta_scale = _shift_and_scale(lambda rows: _change(states[rows], next_states[rows]), len(states))
-        reward_shift, reward_scale = _shift_and_scale(lambda rows: rewards[rows, None], len(states))
+        states, actions, next_states = transitions.states, transitions.actions, transitions.next_states
+        rows = len(states)
+        state_shift, state_scale = _shift_and_scale(lambda chunk: states[chunk], rows)
+        action_shift, action_scale = _shift_and_scale(lambda chunk: actions[chunk], rows)
+        delta_shift, delta_scale = _shift_and_scale(lambda chunk: _change(states[chunk], next_states[chunk]), rows)
+        reward_shift, reward_scale = _shift_and_scale(lambda chunk: transitions.rewards[chunk, None], rows)
         if not delta_scale.any():
             raise ValueError("every state dimension changes by a constant in the training rows: nothing to learn")
         input_scale = np.concatenate([state_scale, action_scale])
@@ -145,6 +139,15 @@ class Normalisation:
     def learned(self) -> Tensor:
         """Indices of the state dimensions whose change varies: the outputs of a network."""
         return self.delta_scale.nonzero().flatten()
+
+
+class Transitions(Protocol):
+    """Rows of a dataset in raw units, float32, such as ``dataset.Transitions``."""
+
+    states: np.ndarray  # (rows, state_dim)
+    actions: np.ndarray  # (rows, action_dim)
+    next_states: np.ndarray  # (rows, state_dim)
+    rewards: np.ndarray  # (rows,)
 
 
 class NormalisedRows(NamedTuple):
@@ -596,17 +599,9 @@ class DynamicsEnsemble(nn.Module):
             members.append(member)
         return members
 
-    def normalise(
-        self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray, rewards: np.ndarray
-    ) -> NormalisedRows:
-        """Brings transitions to normalised units once, on the ensemble's device, for training and scoring.
-
-        Args:
-            states: ``(rows, state_dim)``, raw units.
-            actions: ``(rows, action_dim)``, raw units.
-            next_states: ``(rows, state_dim)``, raw units.
-            rewards: ``(rows,)``, raw units.
-        """
+    def normalise(self, transitions: Transitions) -> NormalisedRows:
+        """Brings transitions to normalised units once, on the ensemble's device, for training and scoring."""
+        states, actions, next_states = transitions.states, transitions.actions, transitions.next_states
         network = self.network
         learned = network.learned.cpu().numpy()
         shift, scale = (
@@ -618,7 +613,7 @@ class DynamicsEnsemble(nn.Module):
         inputs = network.normalise_inputs(*(torch.as_tensor(part, device=self.device) for part in (states, actions)))
         scaled_rewards = None
         if network.reward is not None:
-            scaled_rewards = torch.as_tensor(rewards, device=self.device).view(-1, 1)
+            scaled_rewards = torch.as_tensor(transitions.rewards, device=self.device).view(-1, 1)
             scaled_rewards = (scaled_rewards - network.reward_shift) / network.reward_scale
         return NormalisedRows(inputs, torch.as_tensor(targets, device=self.device), scaled_rewards)
 

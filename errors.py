@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what was given, what was expected and what to do."""
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other error of the commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and where to read on, and exits with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help explains every flag\n")
 
 
 @contextlib.contextmanager

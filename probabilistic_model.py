@@ -25,7 +25,6 @@ class ProbabilisticNetwork(DynamicsNetwork):
     """Networks with two heads: mean and log-variance of the change.
 
     Attributes:
-        beta_nll: Exponent of the variance that weighs each term of the loss; 0 is the plain likelihood.
         max_logvar: Upper bound of the log-variance, ``(ensemble, 1, learned_dim)``, learned, normalised units.
         min_logvar: Lower bound of the same.
     """
@@ -40,7 +39,6 @@ class ProbabilisticNetwork(DynamicsNetwork):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(architecture, normalisation, ensemble_size, generator)
-        self.beta_nll = 0.0
         self.max_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MAX_LOGVAR))
         self.min_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MIN_LOGVAR))
 
@@ -56,8 +54,8 @@ class ProbabilisticNetwork(DynamicsNetwork):
         mean, log_variance = self.normalised(rows.inputs)
         terms = (mean - rows.targets).square() * (-log_variance).exp() + log_variance
         reported = terms.detach().mean(dim=(1, 2))
-        if self.beta_nll > 0:
-            terms = terms * (self.beta_nll * log_variance.detach()).exp()
+        if self.architecture.beta_nll > 0:
+            terms = terms * (self.architecture.beta_nll * log_variance.detach()).exp()
         bounds = (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds, reported
 

@@ -1,0 +1,509 @@
+"""Learns an ensemble of dynamics models from an offline dataset.
+
+    python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
+
+ends with ``model.pkl`` (a list of members and their metadata, which planners load), a folder in ``logs/`` and a run to
+look at in ``mlflow ui --port 5000``. ``main`` builds every object and passes it on; ``train_ensemble`` is the one
+training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import math
+import os
+import pickle
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import LearnConfig, load_config
+from errors import CommandLine, InputError, exit_on_input_error
+from utils import atomic_write, choose_device, git_commit
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
+    from dataset import Dataset, Split, Transitions
+    from dynamics_model import DynamicsEnsemble, NormalisedRows
+    from run_folder import RunFolder
+    from tracking import NullTracker
+
+LOGS = Path("logs")
+_TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command: everything a user can get wrong is checked before the first file is written."""
+    args = parse_arguments(argv)
+    with exit_on_input_error():
+        config = load_config(args.config, args.params)
+        if args.seed is not None:
+            config = dataclasses.replace(config, seed=args.seed)
+        holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None
+        if config.patience is not None and not holds_out:
+            raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.1")
+        for path in (args.output, args.csv):
+            check_writable(path)
+        device = find_device("cpu" if args.cpu else args.device)
+
+        from dataset import gather_transitions, holdout_rows, load_dataset, split_trajectories
+
+        dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
+        split = split_trajectories(
+            dataset,
+            config.seed if config.split_seed is None else config.split_seed,
+            holdout_ratio=args.holdout_ratio,
+            holdout_samples=args.holdout_samples,
+        )
+        transitions = gather_transitions(dataset, split.train)
+        ensemble = build_ensemble(config, transitions).to(device)
+        run, csv = open_run(args, config, dataset)
+
+    train = ensemble.normalise(transitions)
+    holdout = ensemble.normalise(gather_transitions(dataset, split.holdout)) if holds_out else None
+    if holds_out:
+        ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
+    if not args.quiet:
+        print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
+
+    with open_trackers(args, config, dataset, ensemble, run, csv) as tracker:
+        train_ensemble(ensemble, config, train, holdout, tracker, run, args.track_training)
+        scores = score_members(ensemble, train, holdout)
+        elites = rank_elites(scores, config.num_elites)
+        metadata = build_metadata(config, dataset, split, scores, elites, run)
+        with atomic_write(args.output) as file:
+            pickle.dump((ensemble.members(), metadata), file)
+        tracker.finish(summarise(scores, elites), [run.config_yaml, csv, args.output, plot_curves(csv, run.path)])
+    run.finish({"output": str(args.output), "scores": scores, "elites": elites})
+    if not args.quiet:
+        print(results_table(scores, elites, args.output, csv, run))
+    return 0
+
+
+def train_ensemble(
+    ensemble: DynamicsEnsemble,
+    config: LearnConfig,
+    train: NormalisedRows,
+    holdout: NormalisedRows | None,
+    tracker: NullTracker,
+    run: RunFolder | None = None,
+    track_training: bool = False,
+) -> None:
+    """Trains all members at once, in place; with a holdout, each ends with its best weights.
+
+    Args:
+        ensemble: What to train; its device is where ``train`` and ``holdout`` are.
+        config: Settings.
+        train: Training rows, normalised.
+        holdout: Rows that select weights and stop training, normalised; None trains to the end.
+        tracker: Receives one row of numbers per epoch and member.
+        run: Where checkpoints go, and where training goes on from if one is there; None keeps none.
+        track_training: Whether to score the training rows after every epoch rather than every now and then.
+    """
+    import torch
+
+    from optimisation import BestWeights, build_optimizer, clip_gradients, draw_bootstrap, draw_order, learning_rate
+
+    network, rows = ensemble.network, len(train.inputs)
+    network.requires_grad_(True)
+    optimizer = build_optimizer(network, config)
+    best = BestWeights(network, config.patience) if holdout is not None else None
+    bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
+    checkpoint = run.load_checkpoint(ensemble.device) if run is not None else None
+    if checkpoint is not None:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if best is not None:
+            best.load_state_dict(checkpoint["best"])
+
+    for epoch in range(checkpoint["epochs"] if checkpoint is not None else 0, config.fit_epochs):
+        if best is not None and all(best.stopped):
+            break
+        order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
+        if bootstrap is not None:
+            order = bootstrap.gather(1, order)
+        order = order.to(ensemble.device)
+        loss_sum = torch.zeros(len(ensemble), device=ensemble.device)  # stays there: no wait for the device in an epoch
+        for start in range(0, rows, config.batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch + start / rows)
+            batch = train.select(order[:, start : start + config.batch_size])  # (ensemble, batch, ...)
+            objective, reported = network.losses(batch)  # (ensemble,)
+            if network.reward is not None:
+                objective = objective + network.reward_loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            objective.sum().backward()  # members share no parameter: each gets its own gradient
+            if config.grad_clip is not None:
+                clip_gradients(network.parameters(), config.grad_clip)
+            optimizer.step()
+            loss_sum += reported * batch.inputs.shape[1]
+
+        is_scored = track_training or epoch in (0, config.fit_epochs - 1) or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
+        train_scores = network.score(train) if is_scored else {}
+        holdout_scores = network.score(holdout) if holdout is not None else {}
+        if best is not None:
+            best.update(network, holdout_scores["mse"])
+        tracker.log_epoch(
+            epoch, metric_rows(ensemble, config, epoch, (loss_sum / rows).tolist(), train_scores, holdout_scores)
+        )
+        if run is not None:
+            run.save_checkpoint(
+                {
+                    "epochs": epoch + 1,
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "best": None if best is None else best.state_dict(),
+                }
+            )
+    if best is not None:
+        best.restore(network)
+
+
+def metric_columns(ensemble: DynamicsEnsemble) -> list[str]:
+    """Returns the columns of ``metrics.csv``, the published ones first."""
+    columns = ["step", "model_id", ensemble.member_class.loss_name, "lr", "train_mse", "val_mse", "nll"]
+    return columns if ensemble.network.reward is None else [*columns, "reward_train_mse", "reward_val_mse"]
+
+
+def metric_rows(
+    ensemble: DynamicsEnsemble,
+    config: LearnConfig,
+    epoch: int,
+    losses: list[float],
+    train_scores: dict[str, list[float]],
+    holdout_scores: dict[str, list[float]],
+) -> list[dict[str, float | int | None]]:
+    """Returns one row of ``metrics.csv`` per member: errors in normalised units, None for what was not measured.
+
+    ``train_mse``, ``val_mse`` and ``nll`` (nats, on the holdout) are those of the epoch's final weights; the loss is
+    the mean over the epoch's minibatches, and ``lr`` the rate at the epoch's first step.
+    """
+    from optimisation import learning_rate
+
+    rows = []
+    for member in range(len(ensemble)):
+
+        def of_member(scores: dict[str, list[float]], name: str, member: int = member) -> float | None:
+            return scores[name][member] if name in scores else None
+
+        row = {
+            "step": epoch,
+            "model_id": member,
+            ensemble.member_class.loss_name: losses[member],
+            "lr": learning_rate(config, epoch),
+            "train_mse": of_member(train_scores, "mse"),
+            "val_mse": of_member(holdout_scores, "mse"),
+            "nll": of_member(holdout_scores, "nll"),
+            "reward_train_mse": of_member(train_scores, "reward_mse"),
+            "reward_val_mse": of_member(holdout_scores, "reward_mse"),
+        }
+        rows.append({column: row[column] for column in metric_columns(ensemble)})
+    return rows
+
+
+# --- The command line ---
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; every flag is explained by ``--help``."""
+    parser = CommandLine(
+        description="Learn an ensemble of dynamics models from an offline dataset.",
+        epilog="Try: python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml "
+        "--holdout_ratio 0.2",
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="a bundled name (hopper-medium-demo, ...), a D4RL id (hopper-medium-v0), a Minari id, a D4RL-format .hdf5 "
+        "file, or a pickle of (paths, metadata)",
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, help="YAML file of settings; what it leaves out keeps its default"
+    )
+    parser.add_argument(
+        "--params",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that override the file, such as fit_epochs=100 hidden_size=256,256; config.py lists them all",
+    )
+    parser.add_argument("--seed", type=int, help="seed of every random stream; overrides the configuration's")
+    parser.add_argument(
+        "--output", type=Path, default=Path("model.pkl"), help="where the trained model goes (default: model.pkl)"
+    )
+    parser.add_argument(
+        "--holdout_ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="share of the rows, in whole trajectories, to hold out: their error selects each member's best weights, "
+        "elites and early stopping (default: 0, train to the end)",
+    )
+    parser.add_argument(
+        "--holdout_samples", type=int, metavar="N", help="hold out whole trajectories until N rows are held out"
+    )
+    parser.add_argument(
+        "--track_training",
+        action="store_true",
+        help="score the training rows after every epoch; without it, which saves up to a third of the time, train_mse "
+        f"is measured after the first, every {_TRAIN_SCORE_EVERY}th and the last epoch only",
+    )
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write metrics here rather than to the run's folder")
+    parser.add_argument("--run_name", metavar="NAME", help="name of the run in logs/ and MLflow (default: made up)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that was cut off: the one named by --run_name, or the latest that asked for the same; "
+        "it ends as if it had never stopped, and starts anew where there is none",
+    )
+    parser.add_argument(
+        "--dataset_path",
+        type=Path,
+        metavar="PATH",
+        help="keep the prepared dataset here as a (paths, metadata) pickle, and reuse it if it is the one asked for",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|cuda:N",
+        help="where to compute (default: auto, CUDA if there)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="shorthand for --device cpu")
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    return parser.parse_args(argv)
+
+
+def check_writable(path: Path | None) -> None:
+    """Checks that a file can be written at ``path``, without writing it; None passes.
+
+    Raises:
+        InputError: If it is a folder, or its nearest existing folder cannot be written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; give the name of a file in it")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written: {str(existing)!r} admits no new file; give another path")
+
+
+def find_device(name: str) -> str:
+    """Returns the device asked for, or turns its absence into an input error."""
+    try:
+        return choose_device(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+# --- Building what is trained ---
+
+
+def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEnsemble:
+    """Builds the members, each from its own stream, with the normalisation of the training rows, and stacks them.
+
+    Raises:
+        InputError: If there is nothing to learn in the training rows.
+    """
+    from deterministic_model import DeterministicModel
+    from dynamics_model import Architecture, DynamicsEnsemble, Normalisation, random_stream
+    from probabilistic_model import ProbabilisticModel
+
+    architecture = Architecture(
+        state_dim=transitions.states.shape[1],
+        action_dim=transitions.actions.shape[1],
+        hidden_size=config.hidden_size,
+        activation_fn=config.activation_fn,
+        layer_norm=config.layer_norm,
+        reward_hidden_size=config.reward_hidden_size if config.learn_reward else None,
+        beta_nll=config.beta_nll,
+    )
+    try:
+        normalisation = Normalisation.from_transitions(transitions)
+    except ValueError as error:
+        raise InputError(f"{error}; give a dataset in which states move") from None
+    member_class = ProbabilisticModel if config.probabilistic else DeterministicModel
+    streams = [random_stream(config.seed, member, "initialisation") for member in range(config.ensemble_size)]
+    return DynamicsEnsemble([member_class(architecture, normalisation, stream) for stream in streams], config.seed)
+
+
+def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> tuple[RunFolder, Path]:
+    """Finds the run to resume, or makes a new one; returns it and the path of its CSV."""
+    from run_folder import RunFolder, unique_name
+
+    request = {
+        "dataset": dataset.name,
+        "sha256": dataset.sha256,
+        "holdout_ratio": args.holdout_ratio,
+        "holdout_samples": args.holdout_samples,
+        "track_training": args.track_training,
+        "config": config.to_dict(),
+    }
+    run = RunFolder.find_unfinished(LOGS, args.run_name, request) if args.resume else None
+    if run is None:
+        stem = f"{Path(dataset.name).stem}-{args.config.stem}-s{config.seed}"
+        origin = {
+            "command": shlex.join(sys.argv),
+            "git_commit": git_commit(Path(__file__).parent),
+            "versions": versions(),
+        }
+        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin)
+    run.hold(config.to_yaml())
+    return run, args.csv or run.metrics_csv
+
+
+def open_trackers(
+    args: argparse.Namespace,
+    config: LearnConfig,
+    dataset: Dataset,
+    ensemble: DynamicsEnsemble,
+    run: RunFolder,
+    csv: Path,
+) -> NullTracker:
+    """Opens CSV, MLflow and the progress bar, from the last checkpoint's epoch on where a run is resumed."""
+    from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers, read_rows
+
+    checkpoint = run.load_checkpoint("cpu")
+    epochs = 0 if checkpoint is None else checkpoint["epochs"]
+    csv_tracker = CsvTracker(csv, metric_columns(ensemble), resume_epoch=epochs or None)
+    mlflow_tracker = MlflowTracker(
+        run_name=run.name,
+        params=run.record["request"]["config"] | {"holdout_ratio": args.holdout_ratio},
+        dataset={
+            "name": dataset.name,
+            "sha256": dataset.sha256,
+            "rows": dataset.num_rows,
+            "trajectories": len(dataset.trajectories),
+        },
+        ensemble_size=len(ensemble),
+        resume_run_id=run.record["mlflow_run_id"],
+        resume_rows=read_rows(csv),
+    )
+    run.update(mlflow_run_id=mlflow_tracker.run_id)
+    return Trackers([csv_tracker, mlflow_tracker, ProgressTracker(config.fit_epochs, epochs, args.quiet)])
+
+
+# --- Results ---
+
+
+def score_members(
+    ensemble: DynamicsEnsemble, train: NormalisedRows, holdout: NormalisedRows | None
+) -> list[dict[str, float | None]]:
+    """Scores each member's final weights: the ones that are saved.
+
+    Returns:
+        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout, in nats), normalised units; None for what
+        does not exist.
+
+    Raises:
+        FloatingPointError: If a member's error is not finite.
+    """
+    train_scores = ensemble.network.score(train)
+    holdout_scores = ensemble.network.score(holdout) if holdout is not None else {}
+    none = [None] * len(ensemble)
+    columns = {
+        "train_mse": train_scores["mse"],
+        "val_mse": holdout_scores.get("mse", none),
+        "nll": holdout_scores.get("nll", none),
+    }
+    scores = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for member, score in enumerate(scores):
+        if not all(value is None or math.isfinite(value) for value in score.values()):
+            raise FloatingPointError(
+                f"member {member} diverged: its error is not finite; lower fit_lr or set grad_clip"
+            )
+    return scores
+
+
+def rank_elites(scores: list[dict[str, float | None]], num_elites: int | None) -> list[int]:
+    """Returns the members with the lowest validation errors, best first; all of them in order without a holdout."""
+    members = list(range(len(scores)))
+    if scores[0]["val_mse"] is None:
+        return members
+    return sorted(members, key=lambda member: scores[member]["val_mse"])[:num_elites]
+
+
+def build_metadata(
+    config: LearnConfig,
+    dataset: Dataset,
+    split: Split,
+    scores: list[dict[str, float | None]],
+    elites: list[int],
+    run: RunFolder,
+) -> dict[str, Any]:
+    """Returns what ``model.pkl`` says of itself, in plain Python types."""
+    from dynamics_model import FORMAT_VERSION
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "probabilistic" if config.probabilistic else "deterministic",
+        "config": config.to_dict(),
+        "dataset": {
+            "name": dataset.name,
+            "env_name": dataset.env_name,
+            "sha256": dataset.sha256,
+            "rows": dataset.num_rows,
+            "trajectories": len(dataset.trajectories),
+            "split": {field.name: getattr(split, field.name).tolist() for field in dataclasses.fields(split)},
+        },
+        "scores": scores,
+        "elites": elites,
+        "seed": config.seed,
+        "run_name": run.name,
+        "mlflow_run_id": run.record["mlflow_run_id"],
+        "git_commit": run.record["origin"]["git_commit"],
+        "versions": run.record["origin"]["versions"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that results can depend on."""
+    packages = ("torch", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def summarise(scores: list[dict[str, float | None]], elites: list[int]) -> dict[str, Any]:
+    """Returns the final scores as trackers take them: their means over members, and each member's."""
+    means = {
+        f"final_{name}": sum(score[name] for score in scores) / len(scores)
+        for name in scores[0]
+        if scores[0][name] is not None
+    }
+    return {"metrics": means, "members": scores, "elites": elites}
+
+
+def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, device: str, run: RunFolder) -> str:
+    """Returns what is about to happen, in two lines."""
+    kind = "probabilistic" if config.probabilistic else "deterministic"
+    widths = "x".join(map(str, config.hidden_size))
+    return (
+        f"{dataset.name}: {rows} training rows of {len(split.train)} trajectories, {len(split.holdout)} held out\n"
+        f"{config.ensemble_size} {kind} members, layers {widths}, on {device}; run {run.name}"
+    )
+
+
+def results_table(
+    scores: list[dict[str, float | None]], elites: list[int], output: Path, csv: Path, run: RunFolder
+) -> str:
+    """Returns the final scores per member, and what to do next, as text."""
+    names = [name for name in scores[0] if scores[0][name] is not None]
+    lines = ["member  " + "  ".join(f"{name:>10}" for name in names)]
+    for member, score in enumerate(scores):
+        mark = "*" if member in elites else " "
+        lines.append(f"{member:>5} {mark} " + "  ".join(f"{score[name]:>10.5f}" for name in names))
+    lines += [
+        "* elite; errors in units of each dimension's mean absolute deviation (squared), nll in nats",
+        "",
+        f"model   {output}   (load it: dynamics_model.load_ensemble({str(output)!r}))",
+        f"metrics {csv}",
+        f"look    mlflow ui --port 5000   (run {run.name})",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

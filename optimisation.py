@@ -1,0 +1,138 @@
+"""What the training loop steps with: optimiser, learning-rate schedules, minibatch order, clipping, best weights.
+
+Everything here treats members apart: parameters carry a leading ensemble axis, and no member's step depends on another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import LearnConfig
+from dynamics_model import DynamicsNetwork, random_stream
+
+_ONECYCLE_START = 1 / 25  # of the peak rate; Smith and Topin 2019, with the ratio that PyTorch's scheduler has
+
+
+def build_optimizer(network: DynamicsNetwork, config: LearnConfig) -> torch.optim.Optimizer:
+    """Returns Adam with one group per weight decay: weights of each dynamics layer, and everything else undecayed."""
+    groups = [
+        {"params": [weight], "weight_decay": decay}
+        for weight, decay in zip(network.dynamics.weights, config.layer_decays, strict=True)
+    ]
+    decayed = {id(weight) for weight in network.dynamics.weights}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in decayed]
+    groups.append({"params": others, "weight_decay": 0.0})
+    adam = torch.optim.AdamW if config.weight_decay_mode == "decoupled" else torch.optim.Adam
+    return adam(groups, lr=config.fit_lr, fused=True)
+
+
+def learning_rate(config: LearnConfig, epoch: float) -> float:
+    """Returns the learning rate at a time in epochs, such as 2.5 in the middle of the third.
+
+    The exponential and multistep schedules move between epochs, cosine and onecycle at every step; the latter two end
+    at zero, where the last epoch ends.
+    """
+    progress = epoch / config.fit_epochs
+    if config.scheduler == "exponential":
+        return config.fit_lr * config.scheduler_gamma ** int(epoch)
+    if config.scheduler == "multistep":
+        passed = sum(milestone <= int(epoch) for milestone in config.scheduler_milestones)
+        return config.fit_lr * config.scheduler_gamma**passed
+    if config.scheduler == "cosine":
+        return config.fit_lr * _half_cosine(progress)
+    if config.scheduler == "onecycle":
+        warmup = config.warmup_fraction
+        if progress < warmup:
+            return config.fit_lr * (1 - (1 - _ONECYCLE_START) * _half_cosine(progress / warmup))
+        return config.fit_lr * _half_cosine((progress - warmup) / (1 - warmup) if warmup < 1 else 1.0)
+    return config.fit_lr
+
+
+def _half_cosine(progress: float) -> float:
+    """Falls from 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def draw_bootstrap(seed: int, ensemble_size: int, rows: int) -> Tensor:
+    """Draws each member's own training rows with replacement: ``(ensemble, rows)`` row indices."""
+    streams = (random_stream(seed, member, "bootstrap") for member in range(ensemble_size))
+    return torch.stack([torch.randint(rows, (rows,), generator=stream) for stream in streams])
+
+
+def draw_order(seed: int, ensemble_size: int, rows: int, epoch: int) -> Tensor:
+    """Draws the order in which each member sees its rows in one epoch: ``(ensemble, rows)``, a permutation each."""
+    streams = (random_stream(seed, member, "order", epoch) for member in range(ensemble_size))
+    return torch.stack([torch.randperm(rows, generator=stream) for stream in streams])
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """Scales each member's gradient, over all of its parameters, down to ``max_norm``."""
+    gradients = [parameter.grad for parameter in parameters]
+    squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])  # (parameter, ensemble)
+    scale = (max_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, 1, 1))
+
+
+class BestWeights:
+    """Each member's weights at its lowest validation error, and how long that has been.
+
+    A member whose patience has ended keeps its best weights, whatever later epochs bring.
+
+    Args:
+        network: The network whose weights are watched.
+        patience: Epochs without improvement after which a member stops; None never stops one.
+
+    Attributes:
+        scores: Lowest validation error of each member, infinite before the first.
+        epochs_since_best: Epochs since then, per member.
+    """
+
+    def __init__(self, network: DynamicsNetwork, patience: int | None) -> None:
+        self.patience = patience
+        self.scores = [math.inf] * network.ensemble_size
+        self.epochs_since_best = [0] * network.ensemble_size
+        self._weights = [parameter.detach().clone() for parameter in network.parameters()]
+
+    @property
+    def stopped(self) -> list[bool]:
+        """Whether each member's patience has ended."""
+        return [self.patience is not None and epochs >= self.patience for epochs in self.epochs_since_best]
+
+    def update(self, network: DynamicsNetwork, scores: Sequence[float]) -> None:
+        """Keeps the weights of the members that have just improved.
+
+        Args:
+            network: Holds the weights that were scored.
+            scores: Validation error of each member; a NaN is no improvement.
+        """
+        improved = [
+            score < best and not stopped for score, best, stopped in zip(scores, self.scores, self.stopped, strict=True)
+        ]
+        for member, (score, better) in enumerate(zip(scores, improved, strict=True)):
+            self.scores[member] = score if better else self.scores[member]
+            self.epochs_since_best[member] = 0 if better else self.epochs_since_best[member] + 1
+        mask = torch.tensor(improved, device=self._weights[0].device).view(-1, 1, 1)
+        for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+            kept.copy_(torch.where(mask, parameter.detach(), kept))
+
+    def restore(self, network: DynamicsNetwork) -> None:
+        """Gives every member its best weights back."""
+        with torch.no_grad():
+            for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+                parameter.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs to go on."""
+        return {"scores": self.scores, "epochs_since_best": self.epochs_since_best, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.scores, self.epochs_since_best = list(state["scores"]), list(state["epochs_since_best"])
+        for kept, saved in zip(self._weights, state["weights"], strict=True):
+            kept.copy_(saved)
