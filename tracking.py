@@ -1,0 +1,559 @@
+"""Where training's numbers go: a CSV file, MLflow runs and a progress bar, behind the same few methods.
+
+Trackers receive numbers and never decide anything. The training loop calls ``log_epoch`` once per epoch and
+``finish`` once, when training has succeeded::
+
+    with Trackers([CsvTracker("metrics.csv", columns), MlflowTracker(...), ProgressTracker(300)]) as tracker:
+        tracker.log_epoch(0, rows)  # one dict per member: step, model_id, mse_loss | gauss_loss, lr, train_mse, ...
+        tracker.finish(summary, artifacts)
+
+The CSV is the complete record. MLflow is a copy to look at: nothing that a tracking server does may stop training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from tqdm import tqdm
+
+from errors import InputError
+from utils import atomic_write, git_commit
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+    from dynamics_model import DynamicsEnsemble
+
+Row = dict[str, float | int | None]
+"""One member's numbers of one epoch; ``step`` and ``model_id`` are integers, None is a number that was not measured."""
+
+
+class NullTracker:
+    """The methods that all trackers share; by itself the tracker that does nothing."""
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Takes the numbers of one epoch.
+
+        Args:
+            epoch: Counted from 0.
+            rows: One row per member, all with the same columns.
+        """
+
+    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+        """Takes the outcome of a training that succeeded.
+
+        Args:
+            summary: ``metrics`` (name to number, of the ensemble), ``members`` (a list of the same, one per member) and
+                ``elites`` (indices of members). They describe the weights that are saved.
+            artifacts: Files to keep with the run.
+        """
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Ends tracking, whether training succeeded or not.
+
+        Args:
+            failed: An exception ended training.
+            interrupted: That exception was the user's Ctrl-C.
+        """
+
+    def __enter__(self) -> NullTracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        self.close(failed=kind is not None, interrupted=kind is KeyboardInterrupt)
+
+
+class Trackers(NullTracker):
+    """Several trackers as one. One that raises at the end does not keep the others from ending properly."""
+
+    def __init__(self, trackers: Iterable[NullTracker]):
+        self._trackers = list(trackers)
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Hands the epoch to each tracker."""
+        for tracker in self._trackers:
+            tracker.log_epoch(epoch, rows)
+
+    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+        """Hands the outcome to each tracker."""
+        self._call_each(lambda tracker: tracker.finish(summary, artifacts))
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Closes each tracker."""
+        self._call_each(lambda tracker: tracker.close(failed, interrupted))
+
+    def _call_each(self, call: Callable[[NullTracker], None]) -> None:
+        with contextlib.ExitStack() as stack:
+            for tracker in reversed(self._trackers):  # an exit stack runs its last callback first
+                stack.callback(call, tracker)
+
+
+class CsvTracker(NullTracker):
+    """One line per epoch and member, on disk before the next epoch begins.
+
+    What stood at the path is replaced at the first epoch, so a run that ends earlier leaves it alone. Rows that could
+    not be written (a full disk) are kept and tried again with every epoch.
+
+    Args:
+        path: The file; its folder is made.
+        columns: The header. Every row has exactly these keys.
+        resume_epoch: Goes on with the file of an interrupted run: epochs before this one are kept, the others dropped.
+
+    Attributes:
+        kept_rows: The rows kept from the interrupted run, in order.
+
+    Raises:
+        InputError: If the file cannot be written, or is not one to go on with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], columns: Sequence[str], resume_epoch: int | None = None):
+        self._path = Path(path)
+        self._columns = list(columns)
+        self._check_writable()
+        self.kept_rows = [] if resume_epoch is None else self._read_epochs(resume_epoch)
+        header = dict(zip(self._columns, self._columns, strict=True))
+        self._unwritten = self._format([header, *self.kept_rows])
+        self._written_size: int | None = None  # bytes of whole lines on disk; None before the file is ours
+        self._error: OSError | None = None
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Appends the rows. A missing or unknown column is a ValueError."""
+        for row in rows:
+            if different := row.keys() ^ set(self._columns):
+                raise ValueError(f"CSV columns missing or unknown: {sorted(different)}; expected {self._columns}")
+        self._unwritten += self._format(rows)
+        self._write()
+
+    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+        """Writes what is left, so that the file is complete before it is kept as an artifact."""
+        self._write()
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Raises the OSError that kept rows from being written, if some still are not."""
+        if self._error is not None:
+            self._write()
+        if self._error is not None and not failed:
+            raise self._error
+
+    def _check_writable(self) -> None:
+        try:
+            if self._path.exists() and not self._path.is_file():
+                raise OSError("it is not a regular file")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._path.parent):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"the CSV {str(self._path)!r} cannot be written ({reason}); choose another path") from None
+
+    def _read_epochs(self, count: int) -> list[Row]:
+        """Returns the rows of the file's first epochs; a line that a kill cut short ends the file."""
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        except FileNotFoundError:
+            lines = [",".join(self._columns) + "\n"]
+        header, *body = csv.reader(line for line in lines if line.endswith("\n"))
+        if header != self._columns:
+            raise InputError(
+                f"cannot resume the CSV {str(self._path)!r}: its columns are {header}, this run's are {self._columns}; "
+                "give the interrupted run's own file, or start anew without --resume"
+            )
+        rows = [{name: _parse(name, cell) for name, cell in zip(self._columns, cells, strict=True)} for cells in body]
+        epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
+        if len(epochs) < count:
+            _warn(
+                f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs trained before the interruption"
+            )
+        return list(itertools.chain.from_iterable(epochs))
+
+    def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)  # floats as repr: they round-trip
+        return text.getvalue().encode()
+
+    def _write(self) -> None:
+        try:
+            if self._written_size is None:
+                with atomic_write(self._path) as file:
+                    file.write(self._unwritten)
+                self._written_size = 0
+            else:
+                with self._path.open("r+b") as file:
+                    file.truncate(self._written_size)  # drops half a line left by a write that failed
+                    file.seek(self._written_size)
+                    file.write(self._unwritten)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            if self._error is None:
+                _warn(f"the CSV {str(self._path)!r} cannot be written ({error}); its rows are kept and tried again")
+            self._error = error
+        else:
+            self._written_size += len(self._unwritten)
+            self._unwritten = b""
+            self._error = None
+
+
+class ProgressTracker(NullTracker):
+    """Epochs done, loss, validation error and time left, on stderr: a bar in a terminal, ten lines in a log file.
+
+    Args:
+        fit_epochs: Epochs of the whole training.
+        first_epoch: Epochs that an interrupted run has already done.
+        quiet: Shows nothing.
+    """
+
+    def __init__(self, fit_epochs: int, first_epoch: int = 0, quiet: bool = False):
+        is_terminal = sys.stderr.isatty()
+        # In a log file the bar draws into nothing; it still measures the time left, for the lines.
+        self._bar = tqdm(
+            total=fit_epochs,
+            initial=first_epoch,
+            desc="training",
+            unit="epoch",
+            dynamic_ncols=True,
+            file=sys.stderr if is_terminal else io.StringIO(),
+            disable=quiet,
+        )
+        self._lines_every = 0 if quiet or is_terminal else max(1, fit_epochs // 10)
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Shows the mean loss and the median validation error over members."""
+        loss_name = next(name for name in rows[0] if name.endswith("_loss"))
+        shown = f"loss {statistics.fmean(row[loss_name] for row in rows):.4g}"
+        if scores := [row["val_mse"] for row in rows if row.get("val_mse") is not None]:
+            shown += f", val {statistics.median(scores):.4g}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update()
+        done, total = epoch + 1, self._bar.total
+        if self._lines_every and (done % self._lines_every == 0 or done == total):
+            rate = self._bar.format_dict["rate"] or (self._bar.n - self._bar.initial) / self._bar.format_dict["elapsed"]
+            left = tqdm.format_interval((total - done) / rate)
+            print(f"epoch {done}/{total}: {shown}, {left} left", file=sys.stderr, flush=True)
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+class MlflowTracker(NullTracker):
+    """One MLflow run for the ensemble and, nested in it, one per member.
+
+    Runs go where ``MLFLOW_TRACKING_URI`` points, by default to ``mlflow.db`` and ``mlruns/`` in the current directory,
+    which a bare ``mlflow ui`` shows. After construction nothing that the store does stops training: numbers that could
+    not be sent are kept and tried again, less and less often, and what is missing in the end is said.
+
+    Args:
+        run_name: Shown in the UI.
+        params: The effective configuration.
+        dataset: ``name`` and ``sha256``; further plain values (rows, trajectories, ...) become its profile.
+        ensemble_size: Number of members.
+        experiment: The MLflow experiment that holds the runs.
+        resume_run_id: Goes on with the runs of an interrupted training.
+        resume_rows: The rows of all epochs that training keeps; those that the runs lack are sent.
+
+    Attributes:
+        run_id: Of the ensemble's run; None as long as no tracking server has answered.
+
+    Raises:
+        InputError: If the local store cannot be used.
+    """
+
+    _SECONDS_BETWEEN_SENDS = 10.0
+    _LONGEST_PAUSE = 600.0
+    _METRICS_PER_CALL = 1000  # MLflow's own limit
+    _LONGEST_PARAM = 500  # servers before MLflow 2.8 refuse longer ones
+
+    def __init__(
+        self,
+        run_name: str,
+        params: dict[str, Any],
+        dataset: dict[str, Any],
+        ensemble_size: int,
+        experiment: str = "dynamics-ensembles",
+        resume_run_id: str | None = None,
+        resume_rows: Iterable[Row] = (),
+    ):
+        self.run_id = resume_run_id
+        self._uri = _tracking_uri()
+        self._run_name, self._experiment, self._ensemble_size = run_name, experiment, ensemble_size
+        self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
+        self._dataset = dataset
+        # Of each run, None being the ensemble's and a number the member's:
+        self._run_ids: dict[int | None, str] = {}
+        self._last_steps: dict[int | None, dict[str, int]] = {}  # per metric, what the run held when it was opened
+        self._unsent: dict[int | None, list[tuple[str, float, int, int]]] = defaultdict(list)
+        self._elites: list[int] | None = None
+        self._artifacts: list[Path] = []
+        self._pause = self._SECONDS_BETWEEN_SENDS
+        self._next_send = 0.0
+        self._warned = False
+        for _, rows in itertools.groupby(resume_rows, key=lambda row: row["step"]):
+            self._collect(list(rows))
+        if self._uri.startswith(("http://", "https://")):
+            self._attempt(self._send)
+            return
+        try:
+            self._send()
+        except Exception as error:  # whatever MLflow, SQLAlchemy or the system have to say about the user's store
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"the MLflow store {self._uri!r} cannot be used: {reason}; "
+                "repair it, or set MLFLOW_TRACKING_URI to another store (sqlite:///FILE or http://HOST:PORT)"
+            ) from error
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Collects the numbers, and sends all collected ones every 10 seconds."""
+        self._collect(rows)
+        if time.monotonic() >= self._next_send:
+            self._attempt(self._send)
+
+    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+        """Takes note of the outcome; ``close`` delivers it."""
+        for member, metrics in enumerate([summary["metrics"], *summary["members"]], start=-1):
+            for name, value in metrics.items():
+                self._add(None if member < 0 else member, f"summary/{name}", value, step=0)
+        self._elites = list(summary["elites"])
+        self._artifacts = list(artifacts)
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Delivers what is left and says how training ended; then says what could not be delivered."""
+        self._attempt(self._deliver)
+        self._attempt(lambda: self._terminate("KILLED" if interrupted else "FAILED" if failed else "FINISHED"))
+        values = sum(map(len, self._unsent.values()))
+        if values or self._artifacts:
+            files = "".join(f", {path.name}" for path in self._artifacts)
+            _warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value")
+
+    def _collect(self, rows: list[Row]) -> None:
+        """Takes one epoch: the numbers of each member, and mean, smallest and largest over members for the ensemble."""
+        step = rows[0]["step"]
+        for name in rows[0].keys() - {"step", "model_id"}:
+            for row in rows:
+                self._add(row["model_id"], name, row[name], step)
+            if values := [row[name] for row in rows if row[name] is not None]:
+                for kind, value in ("mean", sum(values) / len(values)), ("min", min(values)), ("max", max(values)):
+                    self._add(None, f"{name}/{kind}", value, step)
+
+    def _add(self, member: int | None, name: str, value: float | None, step: int) -> None:
+        if value is not None:
+            # The time is fixed here: MLflow knows by it that a number sent twice, its first answer lost, is the same.
+            self._unsent[member].append((name, value, int(time.time() * 1000), step))
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Runs an action that needs the store; a failure costs a warning, once, and a longer pause."""
+        start = time.monotonic()
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # MLflow lets through what any layer below it raises, and none of it may stop training
+            self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
+            if not self._warned:
+                reason = str(error).partition("\n")[0]
+                _warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
+            self._warned = True
+            return False
+        else:
+            self._pause = self._SECONDS_BETWEEN_SENDS
+            return True
+        finally:
+            end = time.monotonic()
+            self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes a twentieth of the time
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        if len(self._run_ids) <= self._ensemble_size:
+            self._open_runs()
+        for member, metrics in self._unsent.items():
+            last_steps = self._last_steps[member]
+            metrics[:] = [metric for metric in metrics if metric[3] > last_steps.get(metric[0], -1)]
+            while metrics:
+                batch = metrics[: self._METRICS_PER_CALL]
+                self._client.log_batch(self._run_ids[member], [Metric(*metric) for metric in batch])
+                del metrics[: len(batch)]
+
+    def _deliver(self) -> None:
+        self._send()
+        if self._elites is not None:
+            self._client.set_tag(self.run_id, "elites", ",".join(map(str, self._elites)))
+        while self._artifacts:
+            self._client.log_artifact(self.run_id, str(self._artifacts[0]))
+            del self._artifacts[0]
+
+    def _terminate(self, status: str) -> None:
+        for run_id in reversed(self._run_ids.values()):  # the ensemble's last: when it has ended, all have
+            self._client.set_terminated(run_id, status)
+
+    def _open_runs(self) -> None:
+        """Finds or makes every run. Called again after a failure, it goes on where it stopped."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        with _lock_store(self._uri):
+            client = self._client = _client(self._uri)
+            parent = _find_run(client, self.run_id)
+            if parent is None:
+                if self.run_id is not None:
+                    _warn(f"MLflow at {self._uri} has no run {self.run_id}; a new run takes all epochs")
+                kind = "probabilistic" if self._params.get("probabilistic") == "True" else "deterministic"
+                tags = {"kind": kind, "dataset": self._dataset["name"], "mlflow.source.name": Path(sys.argv[0]).name}
+                if commit := git_commit(Path(__file__).parent):
+                    tags["mlflow.source.git.commit"] = commit
+                parent = client.create_run(_experiment_id(client, self._experiment), tags=tags, run_name=self._run_name)
+                self.run_id = parent.info.run_id
+            params = [Param(name, value) for name, value in self._params.items() if name not in parent.data.params]
+            client.log_batch(self.run_id, params=params)
+            if not parent.inputs or not parent.inputs.dataset_inputs:
+                profile = {name: value for name, value in self._dataset.items() if isinstance(value, (str, int, float))}
+                source = {"name": self._dataset["name"]}
+                dataset = Dataset(
+                    name=self._dataset["name"],
+                    digest=self._dataset["sha256"][:16],
+                    source_type="local",
+                    source=json.dumps(source),
+                    profile=json.dumps(profile),
+                )
+                training = InputTag("mlflow.data.context", "training")
+                client.log_inputs(self.run_id, [DatasetInput(dataset, [training])])
+
+            experiment_id = parent.info.experiment_id
+            nested = client.search_runs(
+                [experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", max_results=10000
+            )
+            runs: dict[int | None, Run] = {None: parent}
+            runs |= {int(run.data.tags["member"]): run for run in nested}
+            for member in range(self._ensemble_size):
+                if member not in runs:
+                    tags = {"mlflow.parentRunId": self.run_id, "member": str(member)}
+                    runs[member] = client.create_run(experiment_id, tags=tags, run_name=f"member-{member}")
+            for member, run in runs.items():
+                if run.info.status != "RUNNING":
+                    client.update_run(run.info.run_id, status="RUNNING")
+                self._last_steps[member] = {
+                    name: max(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+                    for name in run.data.metrics
+                }
+            self._run_ids = {member: run.info.run_id for member, run in runs.items()}
+
+
+def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
+    """Fetches the ensemble that a run trained from MLflow.
+
+    Args:
+        run_id: The ensemble's run, as the UI and the model's metadata name it.
+        device: Where the ensemble goes.
+
+    Raises:
+        InputError: If there is no such run, or it has no model.
+    """
+    from dynamics_model import load_ensemble
+
+    uri = _tracking_uri()
+    with _lock_store(uri):
+        client = _client(uri)
+    if _find_run(client, run_id) is None:
+        raise InputError(f"MLflow at {uri} has no run {run_id!r}; mlflow ui shows the ids of the runs")
+    models = [artifact.path for artifact in client.list_artifacts(run_id) if artifact.path.endswith(".pkl")]
+    if len(models) != 1:
+        raise InputError(
+            f"MLflow run {run_id!r} has {len(models)} models, expected one; give an ensemble's finished run"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        return load_ensemble(client.download_artifacts(run_id, models[0], folder), device)
+
+
+def _tracking_uri() -> str:
+    """Returns where runs go; refuses a folder in which an old MLflow's files would keep ``mlflow ui`` from starting."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if old := next(Path("mlruns").glob("[0-9]*/meta.yaml"), None):
+        raise InputError(
+            f"{str(old)!r} was left by an older MLflow, beside which today's does not start; bring its runs over with: "
+            "mlflow migrate-filestore --source . --target sqlite:///mlflow.db && rm mlruns/[0-9]*/meta.yaml"
+        )
+    # Absolute, as MLflow remembers stores by their URI; quoted where SQLAlchemy unquotes.
+    path = str(Path("mlflow.db").resolve())
+    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
+@contextlib.contextmanager
+def _lock_store(uri: str) -> Iterator[None]:
+    """Lets one process at a time open a SQLite store: those that race to create its tables crash."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    from filelock import FileLock
+
+    path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    with FileLock(f"{path}.lock"):
+        # MLflow would try for minutes to open what is no database.
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA schema_version")
+        yield
+
+
+def _client(uri: str) -> MlflowClient:
+    """Returns a client of a tracking store that keeps quiet, gives up soon, and talks to nobody else."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the tracker tries again itself, later
+    from mlflow.tracking import MlflowClient
+
+    for name in "mlflow", "alembic":
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        with contextlib.suppress(MlflowException):  # another process may have made it just now
+            return client.create_experiment(name)
+        experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id
+
+
+def _find_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """Returns the run, or None if the store has none of this id or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _parse(name: str, cell: str) -> float | int | None:
+    if name in ("step", "model_id"):
+        return int(cell)
+    return float(cell) if cell else None
+
+
+def _warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # clears a progress bar before and draws it again after
