@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from errors import InputError, did_you_mean, exit_on_input_error
+from errors import CommandLine, InputError, did_you_mean, exit_on_input_error
 from utils import atomic_write
 
 if TYPE_CHECKING:
@@ -371,8 +371,8 @@ def versions() -> dict[str, str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line and refuses numbers that make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the command line."""
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", help="Gymnasium environment to act in, e.g. Hopper-v5 or HalfCheetah-v5")
     parser.add_argument(
         "--policy",
@@ -423,7 +423,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses flags that are missing, make no sense or would have no effect."""
+    """Refuses flags that are missing, make no sense or would have no effect, and files that cannot be written."""
     for flag in ("env", "output"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; see --help for a command that runs as it stands")
@@ -434,16 +434,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.process_noise) and args.process_noise >= 0):
         raise InputError(f"--process_noise {args.process_noise} is no standard deviation; expected 0 or more")
     if args.policy == "sac":
-        if args.target_return is None:
-            raise InputError(
-                "--policy sac needs --target_return, the return at which training stops, e.g. 1500 in Hopper"
-            )
+        if args.target_return is None or not math.isfinite(args.target_return):
+            raise InputError("--policy sac needs --target_return, the return that ends training, e.g. 1500 in Hopper")
         if args.max_train_steps is not None and args.max_train_steps < 1:
             raise InputError(f"--max_train_steps {args.max_train_steps} is too few; expected at least 1")
+        if args.save_policy is None:
+            args.save_policy = args.output.with_suffix(".npz")
+        if args.save_policy == args.output:
+            raise InputError(f"the dataset and the policy would both be {str(args.output)!r}; give two different files")
+        check_output(args.save_policy, args.overwrite)
     else:
         for flag in ("target_return", "max_train_steps", "save_policy"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} is for --policy sac, but --policy is {args.policy!r}; leave it out")
+    check_output(args.output, args.overwrite)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -454,17 +458,14 @@ def main(argv: list[str] | None = None) -> None:
             print(describe(args.describe))
             return
         check_arguments(args)
-        check_output(args.output, args.overwrite)
         env = make_env(args.env)
+        if args.policy == "sac":
+            max_steps = args.max_train_steps or MAX_TRAIN_STEPS
+            train_sac(args.env, args.target_return, max_steps, args.seed, args.save_policy)
         if args.policy == "random":
             policy = RandomPolicy(env.action_space.low, env.action_space.high)
         else:
-            policy_path = Path(args.policy)
-            if args.policy == "sac":
-                policy_path = args.save_policy or args.output.with_suffix(".npz")
-                check_output(policy_path, args.overwrite)
-                train_sac(args.env, args.target_return, args.max_train_steps or MAX_TRAIN_STEPS, args.seed, policy_path)
-            policy = SquashedGaussianPolicy.load(policy_path, env)
+            policy = SquashedGaussianPolicy.load(args.save_policy or Path(args.policy), env)
         columns, returns = collect(env, policy, args.steps, args.seed, args.process_noise)
         if args.drop_next_observations:
             del columns["next_observations"]
@@ -474,15 +475,13 @@ def main(argv: list[str] | None = None) -> None:
             "seed": args.seed,
             "process_noise": args.process_noise,
             "episodes": len(returns),
-            "mean_return": np.mean(returns) if returns else np.nan,
+            **({"mean_return": np.mean(returns)} if returns else {}),
             "command": shlex.join(["python", "collect_dataset.py", *(sys.argv[1:] if argv is None else argv)]),
             **versions(),
         }
         write_dataset(args.output, columns, attributes)
-        print(
-            f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes, "
-            f"mean return {attributes['mean_return']:.0f}"
-        )
+        mean_return = f", mean return {np.mean(returns):.0f}" if returns else ""
+        print(f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes{mean_return}")
 
 
 if __name__ == "__main__":

@@ -272,7 +272,9 @@ def test_policy_copied_from_an_actor_agrees_with_it(hopper):
         (["--process_noise", "-0.1"], "expected 0 or more"),
         (["--process_noise", "nan"], "expected 0 or more"),
         (["--policy", "sac"], "needs --target_return"),
+        (["--policy", "sac", "--target_return", "nan"], "needs --target_return"),
         (["--policy", "sac", "--target_return", "1", "--max_train_steps", "0"], "expected at least 1"),
+        (["--policy", "sac", "--target_return", "1", "--output", "same.npz"], "give two different files"),
         (["--target_return", "100"], "is for --policy sac"),
     ],
 )
@@ -397,3 +399,8 @@ def test_bundled_policies_fit_and_everything_is_small():
         assert SquashedGaussianPolicy.load(path, env).description.startswith("sac: ")
     size = sum(path.stat().st_size for pattern in ("*.hdf5", "policies/*.npz") for path in DATA.glob(pattern))
     assert size < 25e6
+
+
+def test_table_of_the_bundled_datasets_is_what_describe_prints(capsys):
+    main(["--describe", *(str(path) for path in sorted(DATA.glob("*-demo.hdf5")))])
+    assert capsys.readouterr().out in (DATA / "README.md").read_text()
