@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
 
+    from report import plot_learning_curves
+
     with open_trackers(args, config, dataset, ensemble, run, csv) as tracker:
         train_ensemble(ensemble, config, train, holdout, tracker, run, args.track_training)
         scores = score_members(ensemble, train, holdout)
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         metadata = build_metadata(config, dataset, split, scores, elites, run)
         with atomic_write(args.output) as file:
             pickle.dump((ensemble.members(), metadata), file)
-        tracker.finish(summarise(scores, elites), [run.config_yaml, csv, args.output, plot_curves(csv, run.path)])
+        curves = plot_learning_curves(csv, run.path / "learning_curves.png")
+        tracker.finish(summarise(scores, elites), [run.config_yaml, csv, curves, args.output])
     run.finish({"output": str(args.output), "scores": scores, "elites": elites})
     if not args.quiet:
         print(results_table(scores, elites, args.output, csv, run))
@@ -365,7 +368,7 @@ def open_trackers(
     csv: Path,
 ) -> NullTracker:
     """Opens CSV, MLflow and the progress bar, from the last checkpoint's epoch on where a run is resumed."""
-    from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers, read_rows
+    from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers
 
     checkpoint = run.load_checkpoint("cpu")
     epochs = 0 if checkpoint is None else checkpoint["epochs"]
@@ -381,7 +384,7 @@ def open_trackers(
         },
         ensemble_size=len(ensemble),
         resume_run_id=run.record["mlflow_run_id"],
-        resume_rows=read_rows(csv),
+        resume_rows=csv_tracker.kept_rows,
     )
     run.update(mlflow_run_id=mlflow_tracker.run_id)
     return Trackers([csv_tracker, mlflow_tracker, ProgressTracker(config.fit_epochs, epochs, args.quiet)])
