@@ -18,6 +18,7 @@ import pickle
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         device = find_device("cpu" if args.cpu else args.device)
 
         from dataset import gather_transitions, holdout_rows, load_dataset, split_trajectories
+        from report import plot_learning_curves
 
         dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
         split = split_trajectories(
@@ -60,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         transitions = gather_transitions(dataset, split.train)
         ensemble = build_ensemble(config, transitions).to(device)
-        run, csv = open_run(args, config, dataset)
+        run = open_run(args, config, dataset)
+        checkpoint = run.load_checkpoint(device)
+        tracker = open_trackers(args, dataset, ensemble, run, checkpoint)
 
     train = ensemble.normalise(transitions)
     holdout = ensemble.normalise(gather_transitions(dataset, split.holdout)) if holds_out else None
@@ -68,21 +72,31 @@ def main(argv: list[str] | None = None) -> int:
         ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
     if not args.quiet:
         print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
-
-    from report import plot_learning_curves
-
-    with open_trackers(args, config, dataset, ensemble, run, csv) as tracker:
-        train_ensemble(ensemble, config, train, holdout, tracker, run, args.track_training)
-        scores = score_members(ensemble, train, holdout)
-        elites = rank_elites(scores, config.num_elites)
-        metadata = build_metadata(config, dataset, split, scores, elites, run)
-        with atomic_write(args.output) as file:
-            pickle.dump((ensemble.members(), metadata), file)
-        curves = plot_learning_curves(csv, run.path / "learning_curves.png")
-        tracker.finish(summarise(scores, elites), [run.config_yaml, csv, curves, args.output])
+    try:
+        with tracker:
+            train_ensemble(
+                ensemble, config, train, holdout, tracker, args.track_training, checkpoint, run.save_checkpoint
+            )
+            scores = score_members(ensemble, train, holdout)
+            elites = rank_elites(scores, config.num_elites)
+            metadata = build_metadata(config, dataset, split, scores, elites, run)
+            with atomic_write(args.output) as file:
+                pickle.dump((ensemble.members(), metadata), file)
+            curves = plot_learning_curves(args.csv or run.metrics_csv, run.path / "learning_curves.png")
+            files = [run.config_yaml, args.csv or run.metrics_csv, curves, args.output]
+            tracker.finish(summarise(scores, elites), files)
+    except FloatingPointError as error:
+        print(f"error: {error}; its metrics are in {args.csv or run.metrics_csv}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; run {run.name} is kept: mend it and go on with --resume", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with the same command and --resume --run_name {run.name}", file=sys.stderr)
+        return 130
     run.finish({"output": str(args.output), "scores": scores, "elites": elites})
     if not args.quiet:
-        print(results_table(scores, elites, args.output, csv, run))
+        print(results_table(scores, elites, args, run))
     return 0
 
 
@@ -92,8 +106,9 @@ def train_ensemble(
     train: NormalisedRows,
     holdout: NormalisedRows | None,
     tracker: NullTracker,
-    run: RunFolder | None = None,
     track_training: bool = False,
+    checkpoint: dict[str, Any] | None = None,
+    save_checkpoint: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Trains all members at once, in place; with a holdout, each ends with its best weights.
 
@@ -103,8 +118,9 @@ def train_ensemble(
         train: Training rows, normalised.
         holdout: Rows that select weights and stop training, normalised; None trains to the end.
         tracker: Receives one row of numbers per epoch and member.
-        run: Where checkpoints go, and where training goes on from if one is there; None keeps none.
         track_training: Whether to score the training rows after every epoch rather than every now and then.
+        checkpoint: What training goes on from, to end in the same bits as if it had never stopped; None starts anew.
+        save_checkpoint: Called with such a checkpoint after every epoch.
     """
     import torch
 
@@ -115,7 +131,6 @@ def train_ensemble(
     optimizer = build_optimizer(network, config)
     best = BestWeights(network, config.patience) if holdout is not None else None
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
-    checkpoint = run.load_checkpoint(ensemble.device) if run is not None else None
     if checkpoint is not None:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -152,8 +167,8 @@ def train_ensemble(
         tracker.log_epoch(
             epoch, metric_rows(ensemble, config, epoch, (loss_sum / rows).tolist(), train_scores, holdout_scores)
         )
-        if run is not None:
-            run.save_checkpoint(
+        if save_checkpoint is not None:
+            save_checkpoint(
                 {
                     "epochs": epoch + 1,
                     "network": network.state_dict(),
@@ -334,8 +349,8 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
     return DynamicsEnsemble([member_class(architecture, normalisation, stream) for stream in streams], config.seed)
 
 
-def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> tuple[RunFolder, Path]:
-    """Finds the run to resume, or makes a new one; returns it and the path of its CSV."""
+def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:
+    """Finds the run to resume, or makes a new one."""
     from run_folder import RunFolder, unique_name
 
     request = {
@@ -356,38 +371,42 @@ def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) ->
         }
         run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin)
     run.hold(config.to_yaml())
-    return run, args.csv or run.metrics_csv
+    return run
 
 
 def open_trackers(
     args: argparse.Namespace,
-    config: LearnConfig,
     dataset: Dataset,
     ensemble: DynamicsEnsemble,
     run: RunFolder,
-    csv: Path,
+    checkpoint: dict[str, Any] | None,
 ) -> NullTracker:
-    """Opens CSV, MLflow and the progress bar, from the last checkpoint's epoch on where a run is resumed."""
+    """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
     from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers
 
-    checkpoint = run.load_checkpoint("cpu")
-    epochs = 0 if checkpoint is None else checkpoint["epochs"]
-    csv_tracker = CsvTracker(csv, metric_columns(ensemble), resume_epoch=epochs or None)
-    mlflow_tracker = MlflowTracker(
-        run_name=run.name,
-        params=run.record["request"]["config"] | {"holdout_ratio": args.holdout_ratio},
-        dataset={
-            "name": dataset.name,
-            "sha256": dataset.sha256,
-            "rows": dataset.num_rows,
-            "trajectories": len(dataset.trajectories),
-        },
-        ensemble_size=len(ensemble),
-        resume_run_id=run.record["mlflow_run_id"],
-        resume_rows=csv_tracker.kept_rows,
-    )
+    config = run.record["request"]["config"]
+    epochs = None if checkpoint is None else checkpoint["epochs"]
+    try:
+        csv_tracker = CsvTracker(args.csv or run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
+        mlflow_tracker = MlflowTracker(
+            run_name=run.name,
+            params=config | {"holdout_ratio": args.holdout_ratio, "holdout_samples": args.holdout_samples},
+            dataset={
+                "name": dataset.name,
+                "sha256": dataset.sha256,
+                "rows": dataset.num_rows,
+                "trajectories": len(dataset.trajectories),
+            },
+            ensemble_size=len(ensemble),
+            resume_run_id=run.record["mlflow_run_id"],
+            resume_rows=csv_tracker.kept_rows,
+        )
+    except InputError:
+        if checkpoint is None:
+            run.discard()
+        raise
     run.update(mlflow_run_id=mlflow_tracker.run_id)
-    return Trackers([csv_tracker, mlflow_tracker, ProgressTracker(config.fit_epochs, epochs, args.quiet)])
+    return Trackers([csv_tracker, mlflow_tracker, ProgressTracker(config["fit_epochs"], epochs or 0, args.quiet)])
 
 
 # --- Results ---
@@ -490,7 +509,7 @@ def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, dev
 
 
 def results_table(
-    scores: list[dict[str, float | None]], elites: list[int], output: Path, csv: Path, run: RunFolder
+    scores: list[dict[str, float | None]], elites: list[int], args: argparse.Namespace, run: RunFolder
 ) -> str:
     """Returns the final scores per member, and what to do next, as text."""
     names = [name for name in scores[0] if scores[0][name] is not None]
@@ -501,8 +520,8 @@ def results_table(
     lines += [
         "* elite; errors in units of each dimension's mean absolute deviation (squared), nll in nats",
         "",
-        f"model   {output}   (load it: dynamics_model.load_ensemble({str(output)!r}))",
-        f"metrics {csv}",
+        f"model   {args.output}   (load it: dynamics_model.load_ensemble({str(args.output)!r}))",
+        f"metrics {args.csv or run.metrics_csv}",
         f"look    mlflow ui --port 5000   (run {run.name})",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -133,6 +134,11 @@ class RunFolder:
 
         path = self.path / "checkpoint"
         return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+    def discard(self) -> None:
+        """Removes the folder of a run that could not begin."""
+        self._lock.release()
+        shutil.rmtree(self.path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as finished and removes its checkpoint, which nothing will go on from."""
