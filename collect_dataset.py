@@ -126,7 +126,7 @@ class SquashedGaussianPolicy:
     def save(self, path: Path, env_id: str) -> None:
         """Writes a plain ``.npz``, arrays and two strings without pickles; ``env_id`` names where it was trained."""
         with atomic_write(path) as file:
-            np.savez(file, env=env_id, description=self.description, **self.arrays)
+            np.savez(file, env_name=env_id, description=self.description, **self.arrays)
 
     @classmethod
     def load(cls, path: Path, env: gymnasium.Env) -> SquashedGaussianPolicy:
@@ -139,7 +139,7 @@ class SquashedGaussianPolicy:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-            trained_in, description = str(arrays.pop("env")), str(arrays.pop("description"))
+            trained_in, description = str(arrays.pop("env_name")), str(arrays.pop("description"))
             policy = cls(arrays, description)
             if trained_in == env.spec.id:
                 policy(np.zeros(env.observation_space.shape), np.random.default_rng(0))  # every array is there and fits
@@ -336,13 +336,13 @@ def describe(paths: list[Path]) -> str:
                 keys: list[str] = []
                 file.visititems(lambda name, item, keys=keys: keys.append(name) if hasattr(item, "shape") else None)
                 transitions_count = len(file["rewards"])
-                made = {**dict.fromkeys(("env", "policy", "process_noise", "episodes"), "-"), **file.attrs}
+                made = {**dict.fromkeys(("env_name", "policy", "process_noise", "episodes"), "-"), **file.attrs}
         except (OSError, KeyError) as error:
             raise InputError(
                 f"{str(path)!r} cannot be read as a dataset ({error}); expected D4RL-format HDF5"
             ) from error
         mean_return = f"{made['mean_return']:.0f}" if "mean_return" in made else "-"
-        cells = [path.name, made["env"], made["policy"], made["process_noise"], mean_return, made["episodes"]]
+        cells = [path.name, made["env_name"], made["policy"], made["process_noise"], mean_return, made["episodes"]]
         cells += [transitions_count, f"{path.stat().st_size / 1e6:.1f}", " ".join(keys)]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.drop_next_observations:
             del columns["next_observations"]
         attributes = {
-            "env": args.env,
+            "env_name": args.env,
             "policy": policy.description,
             "seed": args.seed,
             "process_noise": args.process_noise,

@@ -75,7 +75,7 @@ def test_file_holds_d4rl_keys_and_how_it_was_made(tmp_path):
         assert column.shape == ((200, widths[key]) if key in widths else (200,)), key
         assert column.dtype == (bool if key in ("terminals", "timeouts") else np.float32), key
         assert np.isfinite(column).all()
-    assert attributes["env"] == "Hopper-v5"
+    assert attributes["env_name"] == "Hopper-v5"
     assert attributes["policy"].startswith("random")
     assert (attributes["seed"], attributes["process_noise"]) == (3, 0.5)
     assert "--process_noise 0.5" in attributes["command"]
@@ -335,8 +335,8 @@ def test_policy_of_another_environment_or_format_is_refused(tmp_path, capsys, po
 
     text, pickled, partial = tmp_path / "text.npz", tmp_path / "pickled.npz", tmp_path / "partial.npz"
     text.write_text("no archive")
-    np.savez(pickled, env=np.array({"a": 1}, dtype=object))
-    np.savez(partial, env="Hopper-v5", description="no weights", low=np.zeros(3), high=np.ones(3))
+    np.savez(pickled, env_name=np.array({"a": 1}, dtype=object))
+    np.savez(partial, env_name="Hopper-v5", description="no weights", low=np.zeros(3), high=np.ones(3))
     for path in (text, pickled, partial):
         with pytest.raises(SystemExit, match="2"):
             collect_file(tmp_path / "data.hdf5", "--policy", str(path))
@@ -383,7 +383,7 @@ def test_bundled_dataset_is_whole(name):
     columns, attributes = read(DATA / f"{name}.hdf5")
 
     assert set(columns) == keys
-    assert attributes["env"] == env_id
+    assert attributes["env_name"] == env_id
     assert {len(column) for column in columns.values()} == {50_000}
     assert all(np.isfinite(column).all() for column in columns.values())
     ends = columns["terminals"] | columns["timeouts"]
