@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             config.seed if config.split_seed is None else config.split_seed,
             holdout_ratio=args.holdout_ratio,
             holdout_samples=args.holdout_samples,
+            test_ratio=args.test_ratio,
         )
         transitions = gather_transitions(dataset, split.train)
         ensemble = build_ensemble(config, transitions).to(device)
@@ -265,6 +266,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--holdout_samples", type=int, metavar="N", help="hold out whole trajectories until N rows are held out"
     )
     parser.add_argument(
+        "--test_ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="share of the rows, in whole trajectories, that neither trains nor selects anything: evaluate_model.py "
+        "finds it in model.pkl and reports on it (default: 0)",
+    )
+    parser.add_argument(
         "--track_training",
         action="store_true",
         help="score the training rows after every epoch; without it, which saves up to a third of the time, train_mse "
@@ -358,6 +367,7 @@ def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) ->
         "sha256": dataset.sha256,
         "holdout_ratio": args.holdout_ratio,
         "holdout_samples": args.holdout_samples,
+        "test_ratio": args.test_ratio,
         "track_training": args.track_training,
         "config": config.to_dict(),
     }
@@ -384,13 +394,14 @@ def open_trackers(
     """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
     from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers
 
-    config = run.record["request"]["config"]
+    request = run.record["request"]
+    config = request["config"]
     epochs = None if checkpoint is None else checkpoint["epochs"]
     try:
         csv_tracker = CsvTracker(args.csv or run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
         mlflow_tracker = MlflowTracker(
             run_name=run.name,
-            params=config | {"holdout_ratio": args.holdout_ratio, "holdout_samples": args.holdout_samples},
+            params=config | {name: request[name] for name in ("holdout_ratio", "holdout_samples", "test_ratio")},
             dataset={
                 "name": dataset.name,
                 "sha256": dataset.sha256,
