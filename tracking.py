@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
@@ -146,11 +147,11 @@ class CsvTracker(NullTracker):
         self._write()
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
-        """Raises the OSError that kept rows from being written, if some still are not."""
+        """Raises an OSError after a training that succeeded, if some rows still cannot be written."""
         if self._error is not None:
             self._write()
         if self._error is not None and not failed:
-            raise self._error
+            raise OSError(f"the CSV {str(self._path)!r} lacks its last rows") from self._error
 
     def _check_writable(self) -> None:
         try:
@@ -169,13 +170,18 @@ class CsvTracker(NullTracker):
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             lines = [",".join(self._columns) + "\n"]
-        header, *body = csv.reader(line for line in lines if line.endswith("\n"))
+        header, *body = [*csv.reader(line for line in lines if line.endswith("\n"))] or [[]]
         if header != self._columns:
             raise InputError(
                 f"cannot resume the CSV {str(self._path)!r}: its columns are {header}, this run's are {self._columns}; "
                 "give the interrupted run's own file, or start anew without --resume"
             )
-        rows = [{name: _parse(name, cell) for name, cell in zip(self._columns, cells, strict=True)} for cells in body]
+        try:
+            rows = [{name: _parse(name, cell) for name, cell in zip(header, cells, strict=True)} for cells in body]
+        except ValueError as error:
+            raise InputError(
+                f"cannot resume the CSV {str(self._path)!r}: it is damaged ({error}); start anew without --resume"
+            ) from None
         epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
         if len(epochs) < count:
             _warn(
@@ -221,18 +227,19 @@ class ProgressTracker(NullTracker):
     """
 
     def __init__(self, fit_epochs: int, first_epoch: int = 0, quiet: bool = False):
-        is_terminal = sys.stderr.isatty()
-        # In a log file the bar draws into nothing; it still measures the time left, for the lines.
+        in_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=fit_epochs,
             initial=first_epoch,
             desc="training",
             unit="epoch",
             dynamic_ncols=True,
-            file=sys.stderr if is_terminal else io.StringIO(),
-            disable=quiet,
+            disable=quiet or not in_terminal,
         )
-        self._lines_every = 0 if quiet or is_terminal else max(1, fit_epochs // 10)
+        self._fit_epochs = fit_epochs
+        self._first_epoch = first_epoch
+        self._prints_lines = not quiet and not in_terminal
+        self._start = time.monotonic()
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
         """Shows the mean loss and the median validation error over members."""
@@ -242,11 +249,11 @@ class ProgressTracker(NullTracker):
             shown += f", val {statistics.median(scores):.4g}"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
-        done, total = epoch + 1, self._bar.total
-        if self._lines_every and (done % self._lines_every == 0 or done == total):
-            rate = self._bar.format_dict["rate"] or (self._bar.n - self._bar.initial) / self._bar.format_dict["elapsed"]
-            left = tqdm.format_interval((total - done) / rate)
-            print(f"epoch {done}/{total}: {shown}, {left} left", file=sys.stderr, flush=True)
+        done = epoch + 1
+        if self._prints_lines and (epoch == self._first_epoch or done * 10 % self._fit_epochs < 10):
+            seconds_per_epoch = (time.monotonic() - self._start) / (done - self._first_epoch)
+            left = tqdm.format_interval(seconds_per_epoch * (self._fit_epochs - done))
+            print(f"epoch {done}/{self._fit_epochs}: {shown}, {left} left", file=sys.stderr, flush=True)
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
         """Leaves the bar as it stands."""
@@ -263,7 +270,7 @@ class MlflowTracker(NullTracker):
     Args:
         run_name: Shown in the UI.
         params: The effective configuration.
-        dataset: ``name`` and ``sha256``; further plain values (rows, trajectories, ...) become its profile.
+        dataset: ``name``, ``sha256``, and what else describes it (rows, trajectories), in plain values.
         ensemble_size: Number of members.
         experiment: The MLflow experiment that holds the runs.
         resume_run_id: Goes on with the runs of an interrupted training.
@@ -296,6 +303,12 @@ class MlflowTracker(NullTracker):
         self._run_name, self._experiment, self._ensemble_size = run_name, experiment, ensemble_size
         self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
         self._dataset = dataset
+        self._tags = {
+            "dataset": dataset["name"],
+            "kind": "probabilistic" if params["probabilistic"] else "deterministic",
+            "mlflow.source.name": Path(sys.argv[0]).name,
+            "mlflow.source.git.commit": git_commit(Path(__file__).parent) or "unknown",
+        }
         # Of each run, None being the ensemble's and a number the member's:
         self._run_ids: dict[int | None, str] = {}
         self._last_steps: dict[int | None, dict[str, int]] = {}  # per metric, what the run held when it was opened
@@ -327,9 +340,9 @@ class MlflowTracker(NullTracker):
 
     def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
         """Takes note of the outcome; ``close`` delivers it."""
-        for member, metrics in enumerate([summary["metrics"], *summary["members"]], start=-1):
+        for member, metrics in [(None, summary["metrics"]), *enumerate(summary["members"])]:
             for name, value in metrics.items():
-                self._add(None if member < 0 else member, f"summary/{name}", value, step=0)
+                self._add(member, f"summary/{name}", value, step=0)
         self._elites = list(summary["elites"])
         self._artifacts = list(artifacts)
 
@@ -349,15 +362,17 @@ class MlflowTracker(NullTracker):
             for row in rows:
                 self._add(row["model_id"], name, row[name], step)
             if values := [row[name] for row in rows if row[name] is not None]:
-                for kind, value in ("mean", sum(values) / len(values)), ("min", min(values)), ("max", max(values)):
-                    self._add(None, f"{name}/{kind}", value, step)
+                with np.errstate(all="ignore"):  # NumPy, as it lets nan win; a diverged member may as well be infinite
+                    self._add(None, f"{name}/mean", float(np.mean(values)), step)
+                    self._add(None, f"{name}/min", float(np.min(values)), step)
+                    self._add(None, f"{name}/max", float(np.max(values)), step)
 
     def _add(self, member: int | None, name: str, value: float | None, step: int) -> None:
         if value is not None:
             # The time is fixed here: MLflow knows by it that a number sent twice, its first answer lost, is the same.
             self._unsent[member].append((name, value, int(time.time() * 1000), step))
 
-    def _attempt(self, action: Callable[[], None]) -> bool:
+    def _attempt(self, action: Callable[[], None]) -> None:
         """Runs an action that needs the store; a failure costs a warning, once, and a longer pause."""
         start = time.monotonic()
         try:
@@ -370,18 +385,15 @@ class MlflowTracker(NullTracker):
                 reason = str(error).partition("\n")[0]
                 _warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
             self._warned = True
-            return False
         else:
             self._pause = self._SECONDS_BETWEEN_SENDS
-            return True
-        finally:
-            end = time.monotonic()
-            self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes a twentieth of the time
+        end = time.monotonic()
+        self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes a twentieth of the time
 
     def _send(self) -> None:
         from mlflow.entities import Metric
 
-        if len(self._run_ids) <= self._ensemble_size:
+        if not self._run_ids:
             self._open_runs()
         for member, metrics in self._unsent.items():
             last_steps = self._last_steps[member]
@@ -405,53 +417,46 @@ class MlflowTracker(NullTracker):
 
     def _open_runs(self) -> None:
         """Finds or makes every run. Called again after a failure, it goes on where it stopped."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
         with _lock_store(self._uri):
             client = self._client = _client(self._uri)
-            parent = _find_run(client, self.run_id)
-            if parent is None:
-                if self.run_id is not None:
-                    _warn(f"MLflow at {self._uri} has no run {self.run_id}; a new run takes all epochs")
-                kind = "probabilistic" if self._params.get("probabilistic") == "True" else "deterministic"
-                tags = {"kind": kind, "dataset": self._dataset["name"], "mlflow.source.name": Path(sys.argv[0]).name}
-                if commit := git_commit(Path(__file__).parent):
-                    tags["mlflow.source.git.commit"] = commit
-                parent = client.create_run(_experiment_id(client, self._experiment), tags=tags, run_name=self._run_name)
-                self.run_id = parent.info.run_id
-            params = [Param(name, value) for name, value in self._params.items() if name not in parent.data.params]
-            client.log_batch(self.run_id, params=params)
-            if not parent.inputs or not parent.inputs.dataset_inputs:
-                profile = {name: value for name, value in self._dataset.items() if isinstance(value, (str, int, float))}
-                source = {"name": self._dataset["name"]}
-                dataset = Dataset(
-                    name=self._dataset["name"],
-                    digest=self._dataset["sha256"][:16],
-                    source_type="local",
-                    source=json.dumps(source),
-                    profile=json.dumps(profile),
-                )
-                training = InputTag("mlflow.data.context", "training")
-                client.log_inputs(self.run_id, [DatasetInput(dataset, [training])])
-
+            parent = self._open_parent(client)
             experiment_id = parent.info.experiment_id
-            nested = client.search_runs(
-                [experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", max_results=10000
-            )
-            runs: dict[int | None, Run] = {None: parent}
-            runs |= {int(run.data.tags["member"]): run for run in nested}
+            nested = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
+            runs = {None: parent} | {int(run.data.tags["member"]): run for run in nested}
             for member in range(self._ensemble_size):
                 if member not in runs:
                     tags = {"mlflow.parentRunId": self.run_id, "member": str(member)}
                     runs[member] = client.create_run(experiment_id, tags=tags, run_name=f"member-{member}")
             for member, run in runs.items():
-                if run.info.status != "RUNNING":
-                    client.update_run(run.info.run_id, status="RUNNING")
+                client.update_run(run.info.run_id, status="RUNNING")
                 self._last_steps[member] = {
                     name: max(metric.step for metric in client.get_metric_history(run.info.run_id, name))
                     for name in run.data.metrics
                 }
             self._run_ids = {member: run.info.run_id for member, run in runs.items()}
+
+    def _open_parent(self, client: MlflowClient) -> Run:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        parent = _find_run(client, self.run_id)
+        if parent is None:
+            if self.run_id is not None:
+                _warn(f"MLflow at {self._uri} has no run {self.run_id} any more; all epochs go to a new one")
+            experiment_id = _experiment_id(client, self._experiment)
+            parent = client.create_run(experiment_id, tags=self._tags, run_name=self._run_name)
+            self.run_id = parent.info.run_id
+        known = parent.data.params  # MLflow refuses to change one, as --resume may on another machine
+        client.log_batch(self.run_id, params=[Param(*item) for item in self._params.items() if item[0] not in known])
+        dataset = Dataset(
+            name=self._dataset["name"],
+            digest=self._dataset["sha256"][:16],
+            source_type="local",
+            source=json.dumps({"uri": self._dataset["name"]}),
+            profile=json.dumps(self._dataset),
+        )
+        # Logging the same dataset again changes nothing: MLflow knows it by name and digest.
+        client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        return parent
 
 
 def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
@@ -503,7 +508,7 @@ def _lock_store(uri: str) -> Iterator[None]:
     from filelock import FileLock
 
     path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock", timeout=60):
         # MLflow would try for minutes to open what is no database.
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA schema_version")
