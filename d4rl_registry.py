@@ -18,6 +18,7 @@ import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import h5py
 
@@ -50,7 +51,8 @@ EPISODE_LIMITS = {
 
 # An unreachable server must not keep a user waiting for more than 30 s, whatever it is that does not answer.
 CONNECT_TIMEOUT, READ_TIMEOUT = 4.0, 8.0  # seconds; the second is for silence, not for the whole file
-ATTEMPTS, SILENCE = 3, 10.0  # after this many seconds without any data, no further attempt is made
+ATTEMPTS, PAUSE = 3, 1.0  # the pause, in seconds, grows with every attempt
+SILENCE = 10.0  # seconds after which, if the last attempt brought no data, no further one is made
 
 
 @dataclass(frozen=True)
@@ -160,29 +162,29 @@ def download(
     for attempt in range(1, ATTEMPTS + 1):
         received = 0
         try:
-            with atomic_write(target) as file:
+            with atomic_write(target, "w+b") as file:
                 try:
                     downloader(url, file, None)
                 finally:
                     received = file.tell()
-                _check_whole(file.name)
+                _check_whole(file)
             return
         except OSError as error:  # the network's errors are OSErrors too
             reason = _reason(error)
             silent = received == 0 and time.monotonic() - started > SILENCE
             if silent or _is_final(error) or attempt == ATTEMPTS:
                 break
-            time.sleep(attempt)
+            time.sleep(PAUSE * attempt)
     raise InputError(
         f"{target.name} is not in {target.parent} and could not be downloaded from {url} ({reason}); check the "
         f"connection and try again, or put the file into the folder {target.parent} by hand"
     )
 
 
-def _check_whole(path: str) -> None:
+def _check_whole(file: IO[bytes]) -> None:
     """Raises an error for half a file, and for the page that a hotel's network sends instead of one."""
     try:
-        h5py.File(path, "r").close()
+        h5py.File(file, "r").close()
     except OSError:
         raise OSError("what arrived is not a whole HDF5 file") from None
 
