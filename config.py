@@ -45,11 +45,11 @@ class LearnConfig:
 
     # --- Optimisation ---
     # Passes over the training rows.
-    fit_epochs: int = 30
+    fit_epochs: int = 40
     # Rows per member and step; the last batch of an epoch holds what is left.
     batch_size: int = 256
     # Learning rate of Adam: where it starts, or its peak for onecycle.
-    fit_lr: float = 2e-3
+    fit_lr: float = 4e-3
     # Course of the learning rate; null keeps it constant.
     scheduler: Literal["exponential", "multistep", "cosine", "onecycle"] | None = "onecycle"
     # Factor per epoch (exponential) or per milestone (multistep).

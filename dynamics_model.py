@@ -565,6 +565,7 @@ class DynamicsEnsemble(nn.Module):
                 self.network.parameters(), *(member.parameters() for member in members), strict=True
             ):
                 stacked.copy_(torch.cat(own))
+        self.requires_grad_(next(first.parameters()).requires_grad)
         self._sampling = [random_stream(seed, member, "sampling") for member in range(len(members))]
         self._propagation = random_stream(seed, 0, "propagation")
 

@@ -13,11 +13,11 @@ import argparse
 import dataclasses
 import importlib.metadata
 import math
-import os
 import pickle
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None
         if config.patience is not None and not holds_out:
             raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.1")
-        for path in (args.output, args.csv):
-            check_writable(path)
+        check_outputs(args)
         device = find_device("cpu" if args.cpu else args.device)
 
         from dataset import gather_transitions, holdout_rows, load_dataset, split_trajectories
@@ -304,19 +303,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_writable(path: Path | None) -> None:
-    """Checks that a file can be written at ``path``, without writing it; None passes.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Checks that what the run will write can be written where it was asked for, without writing it.
 
     Raises:
-        InputError: If it is a folder, or its nearest existing folder cannot be written to.
+        InputError: If a path is a folder, its nearest existing folder takes no file, or the run's name is a path.
     """
-    if path is None:
-        return
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; give the name of a file in it")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{str(path)!r} cannot be written: {str(existing)!r} admits no new file; give another path")
+    if args.run_name is not None and Path(args.run_name).name != args.run_name:
+        raise InputError(f"--run_name got {args.run_name!r}; expected a plain name: it becomes a folder in logs/")
+    for path in filter(None, (args.output, args.csv)):
+        if path.is_dir():
+            raise InputError(f"{str(path)!r} is a folder; give the name of a file in it")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            reason = f"{existing}: {error.strerror}"
+            raise InputError(f"{str(path)!r} cannot be written ({reason}); give another path") from None
 
 
 def find_device(name: str) -> str:

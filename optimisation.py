@@ -122,7 +122,16 @@ class BestWeights:
             kept.copy_(torch.where(mask, parameter.detach(), kept))
 
     def restore(self, network: DynamicsNetwork) -> None:
-        """Gives every member its best weights back."""
+        """Gives every member its best weights back.
+
+        Raises:
+            FloatingPointError: If a member never had a finite validation error.
+        """
+        for member, score in enumerate(self.scores):
+            if not math.isfinite(score):
+                raise FloatingPointError(
+                    f"member {member} diverged: it never had a finite validation error; lower fit_lr or set grad_clip"
+                )
         with torch.no_grad():
             for kept, parameter in zip(self._weights, network.parameters(), strict=True):
                 parameter.copy_(kept)
