@@ -144,9 +144,15 @@ def test_without_timeouts_a_d4rl_id_is_cut_at_the_episode_limit(tmp_path, monkey
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     write_hdf5(tmp_path / "pen-v0_demos_clipped.hdf5", content)
     loaded = load_dataset("pen-human-v0")
-    assert [len(t) for t in loaded.trajectories] == [30, 100, 100, 100, 80]
+    assert [len(t) for t in loaded.trajectories] == [30, 100, 100, 100, 80]  # 250 + 130 = 100 + 100 + 100 + 80
     assert [t.terminated for t in loaded.trajectories] == [True, False, False, False, False]
     assert capsys.readouterr().err == ""
+
+
+def test_timeouts_win_over_the_episode_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))  # pen's limit is 100; human demonstrations are longer
+    write_hdf5(tmp_path / "pen-v0_demos_clipped.hdf5", columns([30, 250, 130]))
+    assert [len(t) for t in load_dataset("pen-human-v0").trajectories] == [30, 250, 130]
 
 
 def changed(**changes):
@@ -326,7 +332,7 @@ BASIC = ("observations", "actions", "rewards")
 METADATA = {"dataset": "somewhere", "env_name": "Hopper-v2", "obs_mask": np.ones(3)}
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_planner_s_pickle_is_read(tmp_path, protocol):
     content = columns([3, 2], next_observations=False)
     paths = as_paths(content, [3, 2], BASIC)
