@@ -114,6 +114,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
 
 
+def usable_ids() -> list[str]:
+    """Returns the ids whose data are float vectors."""
+    return [name for name in bundled_table() if name.split("-")[0] not in REFUSED]
+
+
 def local_path(name: str) -> Path:
     """Returns where the file of an id belongs, whether or not it is there.
 

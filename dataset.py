@@ -214,8 +214,8 @@ def _fetch(name: str, quiet: bool) -> Path:
 
 def _no_such_file(name: str, path: Path) -> str:
     if path.exists():
-        return f"dataset {name!r} is a folder, expected a file; give the path of a file in it"
-    known = [*bundled_names(), *d4rl_registry.bundled_table()]
+        return f"dataset {name!r} is a folder or a device, expected a file; give the path of a data file"
+    known = [*bundled_names(), *d4rl_registry.usable_ids()]
     return (
         f"dataset {name!r} is neither a known name nor a file{did_you_mean(name, known)}; give a path, a D4RL id with "
         "float vectors (CARLA's and Atari's images and minigrid's discrete actions cannot be learned), or a bundled "
@@ -244,7 +244,7 @@ def _read_hdf5(path: Path, simulator_states: bool, limit: int | None) -> tuple[l
         with h5py.File(path, "r") as file:
             columns = {key: file[key] for key in _keys(simulator_states) if isinstance(file.get(key), h5py.Dataset)}
             values = _validate(columns, str(path), found=list(file))
-            env_name = file.attrs.get("env")
+            env_name = file.attrs.get("env_name")
     except (OSError, RuntimeError) as error:
         raise InputError(_unreadable_hdf5(path, error)) from None
     if not {"timeouts", "next_observations"} & set(values) and limit is None:
@@ -361,7 +361,7 @@ def _load_cache(name: str, dataset_path: Path, simulator_states: bool) -> Datase
     """Loads a cache written before, if it was made of what ``name`` stands for."""
     remedy = "give another --dataset_path, or delete that file to have it made again"
     if not dataset_path.is_file():
-        raise InputError(f"--dataset_path {dataset_path} is a folder, expected a file; {remedy}")
+        raise InputError(f"--dataset_path {dataset_path} is a folder or a device, expected a file; {remedy}")
     trajectories, metadata = _read_pickle(dataset_path, simulator_states)
     if metadata.get("dataset") != name:
         raise InputError(f"{dataset_path} holds dataset {metadata.get('dataset')!r}, asked for was {name!r}; {remedy}")

@@ -214,6 +214,12 @@ def test_ids_that_cannot_be_used_are_refused(name, words):
         d4rl_registry.local_path(name)
 
 
+def test_usable_ids_leave_out_what_is_refused():
+    usable = d4rl_registry.usable_ids()
+    assert len(usable) == 155 - 3 - 2  # of CARLA and of minigrid
+    assert "antmaze-umaze-v0" in usable and "carla-town-v0" not in usable
+
+
 def test_bundled_table_is_that_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))  # importing d4rl makes its folder
     package = d4rl_registry.package_table()

@@ -85,7 +85,7 @@ def assert_same(one, other):
 
 def test_hdf5_is_cut_into_episodes(tmp_path):
     content = columns([3, 2, 4], simulator_states=True)
-    loaded = load_dataset(write_hdf5(tmp_path / "a.hdf5", content, env="Hopper-v5"))
+    loaded = load_dataset(write_hdf5(tmp_path / "a.hdf5", content, env_name="Hopper-v5"))
     assert [len(t) for t in loaded.trajectories] == [3, 2, 4]
     assert [t.terminated for t in loaded.trajectories] == [True, False, True]
     assert (loaded.state_dim, loaded.action_dim, loaded.num_rows, loaded.num_transitions) == (3, 2, 9, 9)
@@ -255,7 +255,7 @@ def bundled(tmp_path, monkeypatch):
     """A data folder with one bundled dataset, ``hopper-medium-demo``."""
     folder = tmp_path / "data"
     folder.mkdir()
-    write_hdf5(folder / "hopper-medium-demo.hdf5", columns([3, 2]), env="Hopper-v5")
+    write_hdf5(folder / "hopper-medium-demo.hdf5", columns([3, 2]), env_name="Hopper-v5")
     monkeypatch.setattr(dataset, "DATA_FOLDER", folder)
     return folder
 
@@ -274,7 +274,8 @@ def test_a_bundled_name_is_found_from_any_folder(bundled, tmp_path, monkeypatch)
         ("halfcheetah-mediun-v2", ["did you mean 'halfcheetah-medium-v2'", "hopper-medium-demo"]),
         ("breakout-mixed-v0", ["Atari", "hopper-medium-demo"]),
         ("missing/file.hdf5", ["missing/file.hdf5", "neither a known name nor a file"]),
-        (".", ["folder, expected a file"]),
+        (".", ["folder or a device, expected a file"]),
+        ("/dev/null", ["folder or a device, expected a file"]),
         ("carla-lane-v0", ["image observations"]),
         ("minigrid-fourrooms-v0", ["discrete actions"]),
     ],
@@ -417,7 +418,7 @@ def test_half_a_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize("next_observations", [True, False])
 def test_a_cached_dataset_is_the_same(tmp_path, next_observations):
     content = columns([3, 2, 4, 1], next_observations=next_observations, simulator_states=True)
-    name, cache = write_hdf5(tmp_path / "a.hdf5", content, env="Hopper-v5"), tmp_path / "new" / "cache.pkl"
+    name, cache = write_hdf5(tmp_path / "a.hdf5", content, env_name="Hopper-v5"), tmp_path / "new" / "cache.pkl"
     original, written = load_dataset(name), load_dataset(name, cache)
     reused = load_dataset(name, cache, simulator_states=True)
     assert_same(original, written)
@@ -435,7 +436,7 @@ def test_a_cache_is_read_and_not_the_source(tmp_path):
 
 
 def test_a_cache_is_what_planners_read(tmp_path):
-    load_dataset(write_hdf5(tmp_path / "a.hdf5", columns([3, 2]), env="Hopper-v5"), tmp_path / "cache.pkl")
+    load_dataset(write_hdf5(tmp_path / "a.hdf5", columns([3, 2]), env_name="Hopper-v5"), tmp_path / "cache.pkl")
     with (tmp_path / "cache.pkl").open("rb") as file:
         paths, metadata = pickle.load(file)
     assert [len(path["observations"]) for path in paths] == [3, 2]
@@ -459,7 +460,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     name = write_hdf5(tmp_path / "a.hdf5", columns([3, 2]))
-    with pytest.raises(InputError, match="folder, expected a file"):
+    with pytest.raises(InputError, match="folder or a device, expected a file"):
         load_dataset(name, tmp_path)
     with pytest.raises(InputError, match=r"cannot be written.*give another"):
         load_dataset(name, Path(name) / "cache.pkl")
