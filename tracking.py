@@ -176,17 +176,19 @@ class CsvTracker(NullTracker):
                 f"cannot resume the CSV {str(self._path)!r}: its columns are {header}, this run's are {self._columns}; "
                 "give the interrupted run's own file, or start anew without --resume"
             )
+        parse = {"step": int, "model_id": int}
         try:
-            rows = [{name: _parse(name, cell) for name, cell in zip(header, cells, strict=True)} for cells in body]
+            rows = [
+                {name: parse.get(name, float)(cell) if cell else None for name, cell in zip(header, cells, strict=True)}
+                for cells in body
+            ]
         except ValueError as error:
             raise InputError(
                 f"cannot resume the CSV {str(self._path)!r}: it is damaged ({error}); start anew without --resume"
             ) from None
         epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
         if len(epochs) < count:
-            _warn(
-                f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs trained before the interruption"
-            )
+            _warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
         return list(itertools.chain.from_iterable(epochs))
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
@@ -280,7 +282,7 @@ class MlflowTracker(NullTracker):
         run_id: Of the ensemble's run; None as long as no tracking server has answered.
 
     Raises:
-        InputError: If the local store cannot be used.
+        InputError: If the store cannot be used. A server that does not answer is none of the user's mistakes.
     """
 
     _SECONDS_BETWEEN_SENDS = 10.0
@@ -309,8 +311,9 @@ class MlflowTracker(NullTracker):
             "mlflow.source.name": Path(sys.argv[0]).name,
             "mlflow.source.git.commit": git_commit(Path(__file__).parent) or "unknown",
         }
+        self._client: MlflowClient | None = None
         # Of each run, None being the ensemble's and a number the member's:
-        self._run_ids: dict[int | None, str] = {}
+        self._run_ids: dict[int | None, str] = {}  # empty until all are open
         self._last_steps: dict[int | None, dict[str, int]] = {}  # per metric, what the run held when it was opened
         self._unsent: dict[int | None, list[tuple[str, float, int, int]]] = defaultdict(list)
         self._elites: list[int] | None = None
@@ -358,7 +361,7 @@ class MlflowTracker(NullTracker):
     def _collect(self, rows: list[Row]) -> None:
         """Takes one epoch: the numbers of each member, and mean, smallest and largest over members for the ensemble."""
         step = rows[0]["step"]
-        for name in rows[0].keys() - {"step", "model_id"}:
+        for name in [name for name in rows[0] if name not in ("step", "model_id")]:
             for row in rows:
                 self._add(row["model_id"], name, row[name], step)
             if values := [row[name] for row in rows if row[name] is not None]:
@@ -377,9 +380,7 @@ class MlflowTracker(NullTracker):
         start = time.monotonic()
         try:
             action()
-        except (
-            Exception
-        ) as error:  # MLflow lets through what any layer below it raises, and none of it may stop training
+        except Exception as error:  # any layer below MLflow may raise its own, and none of it may stop training
             self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
             if not self._warned:
                 reason = str(error).partition("\n")[0]
@@ -428,7 +429,8 @@ class MlflowTracker(NullTracker):
                     tags = {"mlflow.parentRunId": self.run_id, "member": str(member)}
                     runs[member] = client.create_run(experiment_id, tags=tags, run_name=f"member-{member}")
             for member, run in runs.items():
-                client.update_run(run.info.run_id, status="RUNNING")
+                if run.info.status != "RUNNING":
+                    client.update_run(run.info.run_id, status="RUNNING")
                 self._last_steps[member] = {
                     name: max(metric.step for metric in client.get_metric_history(run.info.run_id, name))
                     for name in run.data.metrics
@@ -479,7 +481,7 @@ def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
     models = [artifact.path for artifact in client.list_artifacts(run_id) if artifact.path.endswith(".pkl")]
     if len(models) != 1:
         raise InputError(
-            f"MLflow run {run_id!r} has {len(models)} models, expected one; give an ensemble's finished run"
+            f"MLflow run {run_id!r} has {len(models)} models, expected one; give a finished ensemble's run"
         )
     with tempfile.TemporaryDirectory() as folder:
         return load_ensemble(client.download_artifacts(run_id, models[0], folder), device)
@@ -553,12 +555,6 @@ def _find_run(client: MlflowClient, run_id: str | None) -> Run | None:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def _parse(name: str, cell: str) -> float | int | None:
-    if name in ("step", "model_id"):
-        return int(cell)
-    return float(cell) if cell else None
 
 
 def _warn(message: str) -> None:
