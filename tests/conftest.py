@@ -28,7 +28,9 @@ def linear_system():
     def draw(rows=300, noise=0.0, seed=0):
         random = np.random.default_rng(seed)
         states, actions = random.normal(size=(rows, 3)) * (1, 10, 0.1) + (0, 5, 1), random.normal(size=(rows, 2))
-        weight = np.array([[-0.1, 0.4, 0.01], [0.02, -0.1, 0.0], [0.5, 1.0, -0.2], [0.1, 2.0, 0.0], [0.3, 0.0, 0.05]])
+        weight = np.array(
+            [[-0.1, 0.4, 0.001], [0.02, -0.1, 0.0], [0.5, 1.0, -0.02], [0.1, 2.0, 0.0], [0.3, 0.0, 0.005]]
+        )
         change = np.hstack([states, actions]) @ weight
         change += noise * np.abs(change).mean(axis=0) * random.normal(size=change.shape)
         parts = states, actions, states + change, states[:, 0] + actions[:, 1] ** 2

@@ -285,7 +285,7 @@ def test_member_without_a_finite_error_has_diverged_and_is_named(pair, score):
     best = BestWeights(pair, patience=None)
     run_epochs(best, pair, [(1.0, score), (0.5, score)])
 
-    with pytest.raises(FloatingPointError, match="member 1 diverged.*lower fit_lr or set grad_clip"):
+    with pytest.raises(FloatingPointError, match=r"member 1 diverged.*lower fit_lr or set grad_clip"):
         best.restore(pair)
 
 

@@ -1,0 +1,207 @@
+"""probabilistic_model: a Gaussian in raw units, soft-clamped log-variance, the losses of PETS and beta-NLL by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from config import LearnConfig
+from dynamics_model import Architecture, DynamicsEnsemble, NormalisedRows
+from learn_model import build_ensemble, train_ensemble
+from probabilistic_model import ProbabilisticModel
+from tracking import NullTracker
+
+# --- Prediction in raw units ---
+
+
+def test_mean_and_variance_come_back_in_raw_units(constant_member):
+    # mean: s + scale * mu + shift: 1 + 10 * 0.5 + 3 = 9 and -4 + 0.5 * 2 - 1 = -4;
+    # variance: scale^2 * var: 100 * 0.04 = 4 and 0.25 * 9 = 2.25
+    scales = {"delta_scale": [10.0, 0.5], "delta_shift": [3.0, -1.0]}
+    member = constant_member(ProbabilisticModel, [0.5, 2.0], [0.04, 9.0], **scales)
+
+    prediction = member(np.array([1.0, -4.0]), np.array([0.0]))
+
+    assert type(prediction) is tuple and len(prediction) == 2
+    torch.testing.assert_close(prediction[0], torch.tensor([9.0, -4.0]))
+    torch.testing.assert_close(prediction[1], torch.tensor([4.0, 2.25]), rtol=1e-5, atol=0)
+
+
+def test_predicted_moments_are_those_of_samples(random_member):
+    members = [random_member(ProbabilisticModel, member) for member in range(2)]
+    ensemble, draws = DynamicsEnsemble(members), 40_000
+    state, action = np.array([1.0, -2.0, 10.0]), np.array([0.3, -1.0])
+
+    mean, variance = ensemble.predict(state, action)
+    samples = ensemble.sample(np.tile(state, (draws, 1)), np.tile(action, (draws, 1))).double()
+
+    assert samples.shape == (2, draws, 3)
+    # Five standard errors: of a mean sigma / sqrt(n), of a variance sigma^2 * sqrt(2 / n).
+    assert ((samples.mean(dim=1) - mean).abs() < 5 * (variance / draws).sqrt()).all()
+    assert ((samples.var(dim=1) / variance - 1).abs() < 5 * math.sqrt(2 / draws)).all()
+
+
+def test_noise_of_the_data_is_learned_in_raw_units(linear_system):
+    """The noise is 0.5 mean absolute deviations of each dimension's own change."""
+    clean, noisy = linear_system(3000, noise=0.0), linear_system(3000, noise=0.5)
+    expected = (noisy.next_states.astype(np.float64) - clean.next_states).var(axis=0)
+    assert expected.max() / expected.min() > 1000, "one scale for all dimensions would be far off"
+    config = LearnConfig(
+        probabilistic=True, ensemble_size=2, hidden_size=(), fit_epochs=12, batch_size=100, fit_lr=0.05
+    )
+    ensemble = build_ensemble(config, noisy)
+
+    train_ensemble(ensemble, config, ensemble.normalise(noisy), None, NullTracker())
+
+    with torch.no_grad():
+        mean, variance = ensemble.predict(noisy.states, noisy.actions)
+    np.testing.assert_allclose(variance.mean(dim=1), np.tile(expected, (2, 1)), rtol=0.15)
+    off = (mean.numpy() - clean.next_states) / np.sqrt(expected)
+    assert np.abs(off).mean() < 0.2, "the mean is that of the clean system, within a fifth of the noise"
+
+
+# --- Log-variance ---
+
+
+def network_with(unit_normalisation, max_logvar, min_logvar):
+    network = ProbabilisticModel(Architecture(1, 1, hidden_size=()), unit_normalisation(1, 1)).network
+    with torch.no_grad():
+        network.max_logvar.fill_(max_logvar)
+        network.min_logvar.fill_(min_logvar)
+    return network
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize("raw", [-12.0, -3.0, -1.0, 0.0, 0.5, 2.0, 12.0])
+def test_log_variance_is_clamped_softly_from_above_and_then_from_below(unit_normalisation, raw):
+    network = network_with(unit_normalisation, max_logvar=0.5, min_logvar=-2.0)
+
+    mean, log_variance = network.interpret(torch.tensor([[[7.0, raw]]]))
+
+    from_above = 0.5 - softplus(0.5 - raw)
+    assert log_variance.item() == pytest.approx(-2.0 + softplus(from_above + 2.0), rel=1e-5)
+    assert mean.item() == 7.0, "the mean is not clamped"
+
+
+@pytest.mark.parametrize("raw", [-1e6, -100.0, 0.0, 100.0, 1e6])
+def test_log_variance_stays_within_its_bounds(unit_normalisation, raw):
+    network = network_with(unit_normalisation, max_logvar=0.5, min_logvar=-10.0)
+
+    _, log_variance = network.interpret(torch.tensor([[[0.0, raw]]]))
+
+    # The second clamp lifts the upper bound by log(1 + exp(-(max - min))), 2.8e-5 here, as in PETS.
+    assert -10.0 <= log_variance.item() <= 0.5 + 1.01 * softplus(-10.5)
+
+
+def test_log_variance_far_from_its_bounds_is_left_alone(unit_normalisation):
+    network = network_with(unit_normalisation, max_logvar=20.0, min_logvar=-20.0)
+    _, log_variance = network.interpret(torch.tensor([[[0.0, 1.5]]]))
+    assert log_variance.item() == pytest.approx(1.5, abs=1e-5)
+
+
+def test_bounds_start_where_the_papers_code_has_them_and_are_learned(random_member):
+    network = random_member(ProbabilisticModel).network
+
+    assert network.max_logvar.tolist() == [[[0.5] * 3]]
+    assert network.min_logvar.tolist() == [[[-10.0] * 3]]
+    assert {"max_logvar", "min_logvar"} <= dict(network.named_parameters()).keys()
+
+
+# --- Losses ---
+
+# Two rows of two dimensions: the member predicts mu = (1, -1) and var = (4, 0.25) whatever it is given.
+MEAN, VARIANCE = (1.0, -1.0), (4.0, 0.25)
+TARGETS = ((3.0, -1.0), (1.0, 0.0))
+SQUARED_ERRORS = ((4.0, 0.0), (0.0, 1.0))
+
+
+def two_rows():
+    return NormalisedRows(torch.zeros(1, 2, 3), torch.tensor([TARGETS]), None)
+
+
+def example(constant_member, beta=0.0):
+    network = constant_member(ProbabilisticModel, MEAN, VARIANCE).network.requires_grad_(True)
+    network.architecture = dataclasses.replace(network.architecture, beta_nll=beta)
+    return network
+
+
+def test_reported_loss_is_error_over_variance_plus_log_variance_by_hand(constant_member):
+    # Row 1: 4/4 + log 4 and 0 + log 1/4; row 2: 0 + log 4 and 1/0.25 + log 1/4. Logarithms cancel: (1 + 4) / 4.
+    _, reported = example(constant_member).losses(two_rows())
+
+    assert reported.item() == pytest.approx(1.25, rel=1e-5)
+    assert not reported.requires_grad
+
+
+def test_objective_adds_a_hundredth_of_the_sum_of_distances_between_bounds(constant_member):
+    objective, reported = example(constant_member).losses(two_rows())
+
+    # Bounds are 40 and -40 in both dimensions: 0.01 * (80 + 80). It is a sum over dimensions, not a mean.
+    assert (objective - reported).item() == pytest.approx(1.6, rel=1e-5)
+
+
+def test_regulariser_draws_the_bounds_together(constant_member):
+    network = example(constant_member)
+    network.losses(two_rows())[0].sum().backward()
+
+    # The bounds are too far from the log-variance for the likelihood to reach them.
+    torch.testing.assert_close(network.max_logvar.grad, torch.full((1, 1, 2), 0.01))
+    torch.testing.assert_close(network.min_logvar.grad, torch.full((1, 1, 2), -0.01))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_beta_nll_weighs_each_term_by_the_variance_to_beta_by_hand(constant_member, beta):
+    network = example(constant_member, beta)
+    objective, reported = network.losses(two_rows())
+
+    terms = [
+        VARIANCE[dim] ** beta * (row[dim] / VARIANCE[dim] + math.log(VARIANCE[dim]))
+        for row in SQUARED_ERRORS
+        for dim in range(2)
+    ]
+    assert objective.item() - 1.6 == pytest.approx(sum(terms) / 4, rel=1e-4)
+    assert reported.item() == pytest.approx(1.25, rel=1e-5), "what is reported is the plain likelihood whatever beta is"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_gradients_treat_the_weights_of_beta_nll_as_constants(constant_member, beta):
+    network = example(constant_member, beta)
+    network.losses(two_rows())[0].sum().backward()
+
+    expected = []
+    for dim in range(2):  # d/d mu of one term: var^beta * 2 (mu - y) / var, mean over 4 terms
+        errors = [MEAN[dim] - row[dim] for row in TARGETS]
+        expected.append(VARIANCE[dim] ** beta * sum(2 * error / VARIANCE[dim] for error in errors) / 4)
+    for dim in range(2):  # d/d logvar of one term: var^beta * (1 - error^2 / var)
+        ratios = [row[dim] / VARIANCE[dim] for row in SQUARED_ERRORS]
+        expected.append(VARIANCE[dim] ** beta * sum(1 - ratio for ratio in ratios) / 4)
+    torch.testing.assert_close(network.dynamics.biases[0].grad.flatten(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_beta_of_one_gives_the_mean_the_gradient_of_squared_error(constant_member):
+    network = example(constant_member, beta=1.0)
+    network.losses(two_rows())[0].sum().backward()
+
+    # 2 * (mu - y) summed over rows, over 4 terms: (1-3 + 0, 0 - 1) / 2
+    torch.testing.assert_close(network.dynamics.biases[0].grad.flatten()[:2], torch.tensor([-1.0, -0.5]))
+
+
+def test_losses_are_of_each_member_alone(constant_member):
+    variances = ([1.0, 1.0], [4.0, 4.0])
+    members = [constant_member(ProbabilisticModel, [0.0, 0.0], variance) for variance in variances]
+    rows = NormalisedRows(torch.zeros(2, 1, 3), torch.tensor([[[2.0, 2.0]], [[2.0, 2.0]]]), None)
+
+    _, reported = DynamicsEnsemble(members).network.losses(rows)
+
+    assert reported.tolist() == pytest.approx([4.0, 1 + math.log(4)], rel=1e-5)
+
+
+def test_names_that_files_and_trackers_use():
+    assert ProbabilisticModel.kind == "probabilistic"
+    assert ProbabilisticModel.loss_name == "gauss_loss"
+    assert ProbabilisticModel.__module__ == "probabilistic_model", "pickles name it; planners have it on their path"
