@@ -1,0 +1,338 @@
+"""Scores of predictions: plain functions from arrays to numbers, with no file access and no hidden randomness.
+
+Letters in shapes: ``E`` members, ``N`` rows, ``D`` dimensions; ``...`` any axes that fit together. Units are the
+caller's: errors, standard deviations and CRPS come out in the unit of what goes in, variances in its square, negative
+log-likelihoods in nats of the same unit. "Standardised errors" are ``(truth - mean) / std`` of a Gaussian prediction.
+
+Scores of single rows come back row by row, so that the caller takes whatever mean is wanted.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+from scipy.special import erf, logsumexp, ndtr, ndtri
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)  # of the central intervals whose coverage is reported
+DISAGREEMENTS = ("max_pairwise", "ensemble_std", "max_aleatoric", "total_std")
+
+# --- Errors ---
+
+
+def rmse(error: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
+    """Root mean square of errors over ``axis`` (default: over everything), in their unit."""
+    return np.sqrt(np.mean(np.square(error), axis=axis))
+
+
+def r2(error: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Coefficient of determination per dimension: ``1 - sum(error^2) / sum((truth - mean(truth))^2)``.
+
+    Args:
+        error: ``(..., N, D)``.
+        truth: ``(N, D)``; a dimension that is constant here gives nan.
+
+    Returns:
+        ``(..., D)``: 1 is perfect, 0 no better than the mean of the truth, negative worse.
+    """
+    total = np.square(truth - truth.mean(axis=-2)).sum(axis=-2)
+    return 1 - np.square(error).sum(axis=-2) / np.where(total > 0, total, np.nan)
+
+
+def subset_mse(error: np.ndarray) -> np.ndarray:
+    """Expected squared error of the mean of ``n`` members, over all subsets of that size, for ``n`` from 1 to E.
+
+    The mean of ``n`` members drawn without replacement varies around that of all E by ``S^2 / n * (1 - n / E)``, where
+    ``S^2`` is the members' variance with ddof 1 (Cochran 1977, Sampling Techniques, theorem 2.2): no subset has to be
+    enumerated, and the answer does not depend on the order of the members.
+
+    Args:
+        error: ``(E, ...)``, one error per member.
+
+    Returns:
+        ``(E, ...)``: first entry the mean over single members, last entry the whole ensemble.
+    """
+    members = len(error)
+    spread = error.var(axis=0, ddof=1) if members > 1 else np.zeros(error.shape[1:])
+    sizes = np.arange(1, members + 1).reshape(-1, *(1,) * (error.ndim - 1))
+    return np.square(error.mean(axis=0)) + spread / sizes * (1 - sizes / members)
+
+
+# --- Predictive distributions ---
+
+
+def moment_match(means: np.ndarray, variances: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the equal-weight mixture of distributions stacked on the first axis.
+
+    The law of total variance: the mean of the variances plus the variance of the means (ddof 0), as in Lakshminarayanan
+    et al. 2017, section 2.4.
+
+    Args:
+        means: ``(E, ...)``.
+        variances: ``(E, ...)``, or 0 for points.
+
+    Returns:
+        Both ``(...)``.
+    """
+    return means.mean(axis=0), means.var(axis=0) + np.mean(np.broadcast_to(variances, means.shape), axis=0)
+
+
+def gaussian_nll(truth: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of a Gaussian, in nats, constant included; all arguments ``(...)``, one value each."""
+    return 0.5 * (np.square(truth - mean) / variance + np.log(2 * np.pi * variance))
+
+
+def mixture_nll(truth: np.ndarray, means: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of the equal-weight mixture of Gaussians, value by value, in nats.
+
+    Args:
+        truth: ``(...)``.
+        means: ``(E, ...)``.
+        variances: ``(E, ...)``.
+
+    Returns:
+        ``(...)``: each dimension has its own (marginal) mixture.
+    """
+    return np.log(len(means)) - logsumexp(-gaussian_nll(truth, means, variances), axis=0)
+
+
+def gaussian_crps(truth: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Continuous ranked probability score of a Gaussian, in the truth's unit; lower is better, |error| for a point.
+
+    Gneiting et al. 2005, equation 5.
+    """
+    std = np.sqrt(variance)
+    z = (truth - mean) / std
+    return std * (z * (2 * ndtr(z) - 1) + 2 * _normal_density(z) - 1 / np.sqrt(np.pi))
+
+
+def mixture_crps(truth: np.ndarray, means: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """CRPS of the equal-weight mixture of Gaussians, value by value, in closed form over pairs of members.
+
+    ``mean_i A(y - m_i, v_i) - mean_ij A(m_i - m_j, v_i + v_j) / 2`` with ``A(m, v) = E|X|`` for ``X ~ N(m, v)`` (Grimit
+    et al. 2006, equation 5).
+
+    Args:
+        truth: ``(...)``.
+        means: ``(E, ...)``.
+        variances: ``(E, ...)``.
+
+    Returns:
+        ``(...)``, in the truth's unit.
+    """
+    members = len(means)
+    score = _expected_magnitude(truth - means, variances).mean(axis=0)
+    score -= _expected_magnitude(np.zeros_like(means), 2 * variances).sum(axis=0) / (2 * members**2)
+    for i, j in itertools.combinations(range(members), 2):
+        score -= _expected_magnitude(means[i] - means[j], variances[i] + variances[j]) / members**2
+    return score
+
+
+def _expected_magnitude(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """``E|X|`` for ``X ~ N(mean, variance)``: the mean of the folded normal distribution."""
+    std = np.sqrt(variance)
+    z = mean / std
+    return mean * erf(z / np.sqrt(2)) + 2 * std * _normal_density(z)
+
+
+def _normal_density(z: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * np.square(z)) / np.sqrt(2 * np.pi)
+
+
+# --- Calibration of Gaussian predictions ---
+
+
+def probability_integral_transform(z: np.ndarray) -> np.ndarray:
+    """Probability that the prediction gave to values below the truth, from standardised errors; any shape.
+
+    Uniform on [0, 1] for a calibrated prediction (Dawid 1984); a U shape in its histogram means too narrow.
+    """
+    return ndtr(z)
+
+
+def interval_coverage(z: np.ndarray, level: float, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
+    """Share of truths inside the central interval of probability ``level``; a standardised error of nan is outside."""
+    return np.mean(is_covered(z, level), axis=axis)
+
+
+def is_covered(z: np.ndarray, level: float) -> np.ndarray:
+    """Whether each truth lies in the central interval of probability ``level``: bool, the shape of ``z``."""
+    return np.abs(z) <= ndtri(0.5 + level / 2)
+
+
+def expected_calibration_error(z: np.ndarray, levels: int = 100) -> float:
+    """Mean absolute difference between promised and observed coverage of central intervals, from 0 to 0.5.
+
+    Kuleshov et al. 2018, section 3.5, with absolute differences and evenly spaced levels from 0 to 1.
+
+    Args:
+        z: Standardised errors, any shape.
+        levels: Number of levels compared.
+    """
+    promised, observed = coverage_curve(z, levels)
+    return float(np.mean(np.abs(observed - promised)))
+
+
+def coverage_curve(z: np.ndarray, levels: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Promised and observed coverage of central intervals, both ``(levels,)``, from standardised errors."""
+    smallest = np.sort(np.abs(2 * probability_integral_transform(z) - 1), axis=None)  # narrowest interval that covers
+    promised = np.linspace(0, 1, levels)
+    return promised, np.searchsorted(smallest, promised, side="right") / smallest.size
+
+
+def assign_folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Deals whole groups to folds of (nearly) equal numbers of groups.
+
+    Args:
+        groups: Label of each row's group, ``(N,)``, such as its trajectory.
+        folds: Number of folds; no more are used than there are groups.
+        seed: Decides who goes where.
+
+    Returns:
+        Fold of each row, ``(N,)`` int.
+    """
+    labels, group_of_row = np.unique(groups, return_inverse=True)
+    fold_of_group = np.random.default_rng(seed).permutation(len(labels)) % folds
+    return fold_of_group[group_of_row]
+
+
+def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Factor that recalibrates standard deviations, fitted for each fold on the other folds.
+
+    One scale per column, the root mean square of standardised errors: what maximises the Gaussian likelihood (Levi et
+    al. 2022, "Evaluating and calibrating uncertainty prediction in regression tasks", section 3.2). As each row's scale
+    comes from other trajectories, nothing is scored on what fitted it.
+
+    Args:
+        z: ``(..., N, D)``; values that are not finite are left out of the fit.
+        fold: Of each row, ``(N,)``.
+
+    Returns:
+        ``(..., N, D)``; nan where the other folds have no finite value.
+    """
+    square = np.where(np.isfinite(z), np.square(z), 0.0)
+    count = np.isfinite(z).astype(float)
+    scale = np.empty_like(z, dtype=float)
+    for current in np.unique(fold):
+        inside, outside = fold == current, fold != current
+        total = count[..., outside, :].sum(axis=-2)
+        fitted = np.sqrt(square[..., outside, :].sum(axis=-2) / np.where(total > 0, total, np.nan))
+        scale[..., inside, :] = fitted[..., None, :]
+    return scale
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Mean of values and its standard error, when values of one cluster (a trajectory) resemble each other.
+
+    The sandwich estimator for a mean, with the factor ``G / (G - 1)`` for ``G`` clusters (Cameron and Miller 2015,
+    section II.B); nan below two clusters.
+
+    Args:
+        values: ``(N,)``.
+        clusters: Label of each value's cluster, ``(N,)``.
+    """
+    mean = float(np.mean(values))
+    labels, cluster_of_row = np.unique(clusters, return_inverse=True)
+    if len(labels) < 2:
+        return mean, float("nan")
+    sums = np.bincount(cluster_of_row, weights=values - mean)
+    return mean, float(np.sqrt(len(labels) / (len(labels) - 1) * np.square(sums).sum()) / len(values))
+
+
+def calibrated_horizon(coverage: ArrayLike, standard_error: ArrayLike, level: float = 0.9) -> int:
+    """Number of first steps at which coverage stays at or above ``level`` minus two standard errors.
+
+    Args:
+        coverage: Observed coverage of the band at steps 1, 2, ..., ``(steps,)``.
+        standard_error: Of the coverage, ``(steps,)``; nan, where it cannot be estimated, ends the count.
+        level: What the band promises.
+    """
+    keeps = np.asarray(coverage) >= level - 2 * np.asarray(standard_error)  # False where nan
+    return len(keeps) if keeps.all() else int(np.argmin(keeps))
+
+
+# --- Usefulness of uncertainty ---
+
+
+def disagreement(means: np.ndarray, variances: np.ndarray | None, kind: str) -> np.ndarray:
+    """How unsure an ensemble is per row: ``DynamicsEnsemble.disagreement``, of predictions already made.
+
+    Args:
+        means: ``(E, N, D)``.
+        variances: ``(E, N, D)``; None for deterministic members.
+        kind: One of ``DISAGREEMENTS``; ``max_aleatoric`` needs variances.
+
+    Returns:
+        ``(N,)``, in the unit of the means.
+    """
+    if kind == "max_pairwise":
+        largest = np.zeros(means.shape[1])
+        for i, j in itertools.combinations(range(len(means)), 2):
+            largest = np.maximum(largest, np.linalg.norm(means[i] - means[j], axis=-1))
+        return largest
+    if kind == "max_aleatoric":
+        return np.sqrt(variances.sum(axis=-1)).max(axis=0)
+    _, variance = moment_match(means, variances if kind == "total_std" and variances is not None else 0.0)
+    return np.sqrt(variance.sum(axis=-1))
+
+
+def spearman(uncertainty: np.ndarray, error: np.ndarray) -> float:
+    """Rank correlation over rows, both ``(N,)``; nan if either is constant."""
+    return _correlation(stats.spearmanr, uncertainty, error)
+
+
+def pearson(uncertainty: np.ndarray, error: np.ndarray) -> float:
+    """Linear correlation over rows, both ``(N,)``; nan if either is constant."""
+    return _correlation(stats.pearsonr, uncertainty, error)
+
+
+def _correlation(function: object, first: np.ndarray, second: np.ndarray) -> float:
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(function(first, second).statistic)
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a score drawn from ``positive`` exceeds one drawn from ``negative``, ties counting half.
+
+    The area under the ROC curve: 1 separates perfectly, 0.5 not at all. nan if either is empty.
+    """
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan")
+    is_positive = np.arange(len(positive) + len(negative)) < len(positive)
+    return float(roc_auc_score(is_positive, np.concatenate([positive, negative])))
+
+
+def auroc_of_worst(uncertainty: np.ndarray, error: np.ndarray, share: float = 0.1) -> float:
+    """AUROC of finding the rows with the largest errors (the worst ``share``) by their uncertainty, both ``(N,)``."""
+    is_worst = error > np.quantile(error, 1 - share)
+    return auroc(uncertainty[is_worst], uncertainty[~is_worst])
+
+
+def risk_coverage(uncertainty: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Mean error of the ``n`` most certain rows for ``n`` from 1 to N: the risk-coverage curve (Geifman et al. 2019).
+
+    Args:
+        uncertainty: What rows are ordered by, ``(N,)``.
+        error: ``(N,)``.
+
+    Returns:
+        ``(N,)``; the last value is the mean over all rows. Its mean is the area under the curve.
+    """
+    ordered = error[np.argsort(uncertainty, kind="stable")]
+    return np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+
+
+def risk_reduction(uncertainty: np.ndarray, error: np.ndarray) -> float:
+    """Area under the risk-coverage curve on a scale from 0 (uninformative order) to 1 (ordered by the error itself).
+
+    Negative where trusting the certain rows does harm; nan if all errors are equal.
+    """
+    best, chance = risk_coverage(error, error).mean(), error.mean()
+    if best == chance:
+        return float("nan")
+    return float((chance - risk_coverage(uncertainty, error).mean()) / (chance - best))
