@@ -1166,3 +1166,354 @@ def test_damaged_member_is_refused(damage, random_member, tmp_path, monkeypatch)
     path.write_bytes(pickle.dumps(([random_member(DeterministicModel)], METADATA)))
     with pytest.raises(ValueError, match=r"is not a model that learn_model\.py wrote"):
         load_ensemble(path)
+
+
+# --- The ensemble ---
+
+
+@pytest.fixture
+def ensemble_of(random_member):
+    """Returns a function that builds an ensemble of untrained members; also the members."""
+
+    def build(kind, size=3, seed=0, **options):
+        members = [random_member(kind, member, **options) for member in range(size)]
+        return DynamicsEnsemble(members, seed), members
+
+    return build
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_ensemble_predicts_what_its_members_predict(member_class, ensemble_of, leading):
+    ensemble, members = ensemble_of(member_class, layer_norm=True)
+    states, actions = draw_rows(*leading)
+
+    mean, variance = ensemble.predict(states, actions)
+
+    assert len(ensemble) == 3 and mean.shape == (3, *leading, 3)
+    for index, member in enumerate(members):
+        expected = as_tuple(member(states, actions))
+        torch.testing.assert_close(mean[index], expected[0], rtol=1e-5, atol=1e-5)
+        if member_class is ProbabilisticModel:
+            torch.testing.assert_close(variance[index], expected[1], rtol=1e-4, atol=1e-8)
+    assert (variance is None) == (member_class is DeterministicModel)
+
+
+def test_each_member_predicts_its_own_rows(member_class, ensemble_of):
+    ensemble, members = ensemble_of(member_class)
+    states, actions = draw_rows(3, 5)
+
+    mean, variance = ensemble.predict_each(states, actions)
+
+    assert mean.shape == (3, 5, 3) and (variance is None or variance.shape == (3, 5, 3))
+    for index, member in enumerate(members):
+        expected = as_tuple(member(states[index], actions[index]))[0]
+        torch.testing.assert_close(mean[index], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ensemble_gives_back_the_members_it_was_built_from(member_class, ensemble_of):
+    ensemble, members = ensemble_of(member_class, reward=True, layer_norm=True)
+    returned = ensemble.members()
+
+    assert [type(member) for member in returned] == [member_class] * 3
+    for built_from, given_back in zip(members, returned, strict=True):
+        assert_same_weights(built_from, given_back)
+
+
+def test_members_and_ensemble_share_no_weights(member_class, ensemble_of):
+    ensemble, members = ensemble_of(member_class)
+    states, actions = draw_rows(4)
+    before = ensemble.predict(states, actions)[0].detach().clone()
+    for member in (*members, *ensemble.members()):
+        for tensor in member.state_dict().values():
+            tensor.fill_(3.0)
+
+    assert torch.equal(ensemble.predict(states, actions)[0], before)
+
+
+def test_sizes_are_read_from_the_ensemble(member_class, ensemble_of):
+    ensemble, _ = ensemble_of(member_class)
+    assert (len(ensemble), ensemble.state_dim, ensemble.action_dim, ensemble.device) == (3, 3, 2, "cpu")
+    assert ensemble.member_class is member_class
+
+
+def test_ensemble_needs_a_member():
+    with pytest.raises(ValueError, match="at least one member, got none"):
+        DynamicsEnsemble([])
+
+
+def test_members_of_two_kinds_are_not_stacked(random_member):
+    members = [random_member(DeterministicModel), random_member(DeterministicModel), random_member(ProbabilisticModel)]
+    with pytest.raises(ValueError, match="member 2 differs from member 0 in kind or architecture"):
+        DynamicsEnsemble(members)
+
+
+@pytest.mark.parametrize("options", [{"hidden_size": (8, 7)}, {"activation_fn": "relu"}, {"layer_norm": True}])
+def test_members_of_two_architectures_are_not_stacked(member_class, random_member, options):
+    with pytest.raises(ValueError, match="member 1 differs from member 0 in kind or architecture"):
+        DynamicsEnsemble([random_member(member_class), random_member(member_class, **options)])
+
+
+@pytest.mark.parametrize("name", ["input_shift", "input_scale", "delta_shift", "delta_scale", "reward_scale"])
+def test_members_of_two_normalisations_are_not_stacked(member_class, constant_member, name):
+    other = constant_member(member_class, [0.0, 0.0])
+    getattr(other.network, name).mul_(2).add_(1)
+    with pytest.raises(ValueError, match="member 1 was normalised differently from member 0"):
+        DynamicsEnsemble([constant_member(member_class, [0.0, 0.0]), other])
+
+
+def test_sample_of_point_predictions_is_the_prediction(ensemble_of):
+    ensemble, _ = ensemble_of(DeterministicModel)
+    states, actions = draw_rows(2, 4)
+    assert torch.equal(ensemble.sample(states, actions), ensemble.predict(states, actions)[0])
+
+
+def test_samples_are_repeated_by_the_seed_and_differ_from_each_other(ensemble_of):
+    rows = draw_rows(6)
+    (first, _), (again, _), (other, _) = (ensemble_of(ProbabilisticModel, seed=seed) for seed in (0, 0, 1))
+
+    draws = [first.sample(*rows), first.sample(*rows)]
+
+    assert draws[0].shape == (3, 6, 3)
+    assert torch.equal(draws[0], again.sample(*rows)) and torch.equal(draws[1], again.sample(*rows))
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], other.sample(*rows))
+
+
+def test_a_members_noise_does_not_depend_on_how_many_there_are(constant_member):
+    members = [constant_member(ProbabilisticModel, [0.0, 0.0])] * 3
+    rows = np.zeros((5, 2)), np.zeros((5, 1))
+
+    three, one = DynamicsEnsemble(members).sample(*rows), DynamicsEnsemble(members[:1]).sample(*rows)
+
+    assert torch.equal(three[:1], one)
+    assert not torch.equal(three[0], three[1]), "equal members draw noise of their own"
+
+
+# --- Disagreement ---
+
+# Three members that add (0, 0), (3, 4) and (6, 8): distances 5, 5 and 10; per dimension the variances (ddof 0) are
+# (9 + 0 + 9) / 3 = 6 and (16 + 0 + 16) / 3 = 32/3, which sum to 50/3. Their own variances sum to 5, 25 and 0.5.
+CHANGES = ([0.0, 0.0], [3.0, 4.0], [6.0, 8.0])
+VARIANCES = ([1.0, 4.0], [9.0, 16.0], [0.25, 0.25])
+DISAGREEMENTS = {
+    "max_pairwise": 10.0,
+    "ensemble_std": (50 / 3) ** 0.5,
+    "max_aleatoric": 25.0**0.5,
+    "total_std": (50 / 3 + 30.5 / 3) ** 0.5,
+}
+
+
+@pytest.fixture
+def known_ensemble(constant_member):
+    def build(kind, **scales):
+        pairs = zip(CHANGES, VARIANCES, strict=True)
+        return DynamicsEnsemble([constant_member(kind, change, variance, **scales) for change, variance in pairs])
+
+    return build
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+def test_disagreement_by_hand(known_ensemble, kind, leading):
+    states = np.random.default_rng(0).normal(size=(*leading, 2))
+
+    measured = known_ensemble(ProbabilisticModel).disagreement(states, np.zeros((*leading, 1)), kind)
+
+    assert measured.shape == leading
+    torch.testing.assert_close(measured, torch.full(leading, DISAGREEMENTS[kind]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["max_pairwise", "ensemble_std", "total_std"])
+def test_disagreement_of_point_predictions_by_hand(known_ensemble, kind):
+    measured = known_ensemble(DeterministicModel).disagreement(np.zeros((4, 2)), np.zeros((4, 1)), kind)
+    expected = DISAGREEMENTS["ensemble_std" if kind == "total_std" else kind]  # no variance of their own to add
+    torch.testing.assert_close(measured, torch.full((4,), expected))
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+def test_disagreement_is_in_raw_units_unless_normalised(known_ensemble, kind):
+    """The numbers above are normalised ones; in raw units dimensions count 10 and 0.5 times as much."""
+    ensemble = known_ensemble(ProbabilisticModel, delta_scale=[10.0, 0.5], delta_shift=[5.0, -5.0])
+    rows = np.zeros((1, 2)), np.zeros((1, 1))
+    raw = {
+        "max_pairwise": (60**2 + 4**2) ** 0.5,
+        "ensemble_std": (100 * 6 + 0.25 * 32 / 3) ** 0.5,
+        "max_aleatoric": (100 * 9 + 0.25 * 16) ** 0.5,
+        "total_std": (100 * (6 + 10.25 / 3) + 0.25 * (32 + 20.25) / 3) ** 0.5,
+    }
+
+    assert ensemble.disagreement(*rows, kind).item() == pytest.approx(raw[kind], rel=1e-5)
+    assert ensemble.disagreement(*rows, kind, normalised=True).item() == pytest.approx(DISAGREEMENTS[kind], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_constant_dimensions_do_not_disagree(known_ensemble, kind, normalised):
+    ensemble = known_ensemble(ProbabilisticModel, delta_scale=[1.0, 0.0, 1.0])  # three dimensions, two outputs
+    rows = np.zeros((1, 3)), np.zeros((1, 1))
+    assert ensemble.disagreement(*rows, kind, normalised).item() == pytest.approx(DISAGREEMENTS[kind], rel=1e-5)
+
+
+def test_one_member_agrees_with_itself(constant_member):
+    ensemble = DynamicsEnsemble([constant_member(DeterministicModel, [3.0, 4.0])])
+    for kind in ("max_pairwise", "ensemble_std"):
+        assert ensemble.disagreement(np.zeros((2, 2)), np.zeros((2, 1)), kind).tolist() == [0.0, 0.0]
+
+
+def test_aleatoric_disagreement_needs_probabilistic_members(known_ensemble):
+    with pytest.raises(ValueError, match="max_aleatoric needs probabilistic members; use max_pairwise or ensemble_std"):
+        known_ensemble(DeterministicModel).disagreement(np.zeros((1, 2)), np.zeros((1, 1)), "max_aleatoric")
+
+
+def test_unknown_disagreement_names_the_known_ones(known_ensemble):
+    expected = "'variance' is unknown; use max_pairwise, ensemble_std, max_aleatoric or total_std"
+    with pytest.raises(ValueError, match=expected):
+        known_ensemble(DeterministicModel).disagreement(np.zeros((1, 2)), np.zeros((1, 1)), "variance")
+
+
+# --- Rollouts ---
+
+
+@pytest.fixture
+def counting_ensemble(constant_member):
+    """Member m adds m + 1 to the first dimension and nothing to the second: increments tell who made a step."""
+
+    def build(size=3, seed=0):
+        members = [constant_member(DeterministicModel, [member + 1.0, 0.0]) for member in range(size)]
+        return DynamicsEnsemble(members, seed)
+
+    return build
+
+
+def roll(ensemble, batch, horizon, propagation, start=0.0):
+    """Returns who made each step of each row: ``(..., batch, horizon)``, members counted from 1."""
+    states, actions = np.full((batch, 2), start), np.zeros((batch, horizon, 1))
+    trajectories = ensemble.rollout(states, actions, propagation)
+    assert trajectories.shape[-3:] == (batch, horizon + 1, 2)
+    assert (trajectories[..., 0, :] == start).all() and (trajectories[..., 1] == start).all()
+    return trajectories[..., 0].diff(dim=-1)
+
+
+@pytest.mark.parametrize("horizon", [1, 20])
+def test_tsinf_keeps_one_member_for_each_row_and_deals_them_evenly(counting_ensemble, horizon):
+    made_by = roll(counting_ensemble(), 6, horizon, "tsinf")
+
+    assert (made_by == made_by[:, :1]).all()
+    assert sorted(made_by[:, 0].tolist()) == [1, 1, 2, 2, 3, 3]
+
+
+def test_ts1_deals_members_anew_and_evenly_at_each_step(counting_ensemble):
+    made_by = roll(counting_ensemble(), 6, 20, "ts1")
+
+    for step in made_by.T:
+        assert sorted(step.tolist()) == [1, 1, 2, 2, 3, 3]
+    assert all(len(set(row.tolist())) > 1 for row in made_by), "a row that kept its member by chance: 3 in 10^9"
+
+
+def test_tsinf_is_what_a_rollout_does_by_default(counting_ensemble):
+    rows = np.zeros((6, 2)), np.zeros((6, 4, 1))
+    assert torch.equal(counting_ensemble().rollout(*rows), counting_ensemble().rollout(*rows, "tsinf"))
+
+
+def test_mean_feeds_the_mean_over_members_back(counting_ensemble):
+    assert (roll(counting_ensemble(), 4, 5, "mean") == 2.0).all()
+
+
+def test_member_rolls_every_member_out_on_its_own(counting_ensemble):
+    made_by = roll(counting_ensemble(), 4, 5, "member")
+    assert made_by.shape == (3, 4, 5)
+    for member in range(3):
+        assert (made_by[member] == member + 1).all()
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "mean", "member"])
+def test_rows_start_where_they_are_told_and_keep_their_order(counting_ensemble, propagation):
+    starts = np.column_stack([np.arange(7) * 1000, np.arange(7)])
+    trajectories = counting_ensemble().rollout(starts, np.zeros((7, 3, 1)), propagation)
+
+    assert trajectories.dtype == torch.float32
+    assert (trajectories[..., 1] == torch.arange(7.0)[:, None]).all(), "the second dimension names the row"
+    assert (trajectories[..., 0] - 1000 * torch.arange(7.0)[:, None] <= 9).all()
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "mean", "member"])
+def test_actions_and_predictions_are_fed_back_step_by_step(unit_normalisation, propagation):
+    """One member whose change is -s/2 + a: from 8 with actions 0, 2, 4 the states are 4, 4, 6."""
+    member = DeterministicModel(Architecture(1, 1, hidden_size=()), unit_normalisation(1, 1))
+    with torch.no_grad():
+        member.network.dynamics.weights[0].copy_(torch.tensor([[[-0.5], [1.0]]]))
+
+    trajectory = DynamicsEnsemble([member]).rollout(np.array([[8.0]]), np.array([[[0.0], [2.0], [4.0]]]), propagation)
+
+    assert trajectory.flatten().tolist() == [8.0, 4.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf"])
+def test_dealt_members_draw_from_their_own_distribution(constant_member, propagation):
+    """Each row's first step has the variance of the member it was dealt to, which its mean tells apart."""
+    changes, variances = ([0.0], [100.0]), ([1.0], [9.0])
+    pairs = zip(changes, variances, strict=True)
+    ensemble = DynamicsEnsemble([constant_member(ProbabilisticModel, *pair) for pair in pairs])
+
+    first = ensemble.rollout(np.zeros((20_000, 1)), np.zeros((20_000, 1, 1)), propagation)[:, 1, 0]
+
+    for (mean,), (variance,) in zip(changes, variances, strict=True):
+        drawn = first[(first - mean).abs() < 40]
+        assert len(drawn) == 10_000
+        assert drawn.mean().item() == pytest.approx(mean, abs=5 * (variance / 10_000) ** 0.5)
+        assert drawn.var().item() == pytest.approx(variance, rel=5 * (2 / 10_000) ** 0.5)
+
+
+@pytest.mark.parametrize("propagation", ["mean", "member"])
+def test_means_are_rolled_out_without_noise(known_ensemble, propagation):
+    rows = np.zeros((4, 2)), np.zeros((4, 3, 1))
+    point, gaussian = (
+        known_ensemble(kind).rollout(*rows, propagation) for kind in (DeterministicModel, ProbabilisticModel)
+    )
+    assert torch.equal(point, gaussian)
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf"])
+def test_rollouts_are_repeated_by_the_seed_and_differ_from_each_other(known_ensemble, propagation):
+    rows = np.zeros((6, 2)), np.zeros((6, 3, 1))
+    members = known_ensemble(ProbabilisticModel).members()
+    first, again, other = (DynamicsEnsemble(members, seed) for seed in (0, 0, 1))
+
+    draws = [first.rollout(*rows, propagation) for _ in range(2)]
+
+    assert torch.equal(draws[0], again.rollout(*rows, propagation))
+    assert torch.equal(draws[1], again.rollout(*rows, propagation))
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], other.rollout(*rows, propagation))
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf", "mean", "member"])
+def test_rollout_of_no_steps_is_the_start(counting_ensemble, propagation):
+    trajectories = counting_ensemble().rollout(np.ones((4, 2)), np.zeros((4, 0, 1)), propagation)
+    assert trajectories.shape == ((3, 4, 1, 2) if propagation == "member" else (4, 1, 2))
+    assert (trajectories == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("states", "actions"), [((2,), (3, 1)), ((4, 2), (4, 1)), ((4, 2), (5, 3, 1)), ((1, 4, 2), (1, 4, 3, 1))]
+)
+def test_rollout_of_shapes_that_do_not_fit_says_what_it_expects(counting_ensemble, states, actions):
+    expected = (
+        f"got states {states} and actions {actions}; expected (batch, state_dim) and (batch, horizon, action_dim)"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        counting_ensemble().rollout(np.zeros(states), np.zeros(actions))
+
+
+def test_unknown_propagation_names_the_known_ones(counting_ensemble):
+    with pytest.raises(ValueError, match="propagation 'ts2' is unknown; use ts1, tsinf, mean or member"):
+        counting_ensemble().rollout(np.zeros((1, 2)), np.zeros((1, 1, 1)), "ts2")
+
+
+def test_rollouts_keep_no_graph(member_class, ensemble_of):
+    ensemble, _ = ensemble_of(member_class)
+    states, actions = draw_rows(4)
+    for propagation in ("ts1", "tsinf", "mean", "member"):
+        assert not ensemble.rollout(states, np.stack([actions] * 2, axis=1), propagation).requires_grad
+    assert not ensemble.sample(states, actions).requires_grad
+    assert not ensemble.disagreement(states, actions, "max_pairwise").requires_grad
