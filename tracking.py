@@ -204,8 +204,7 @@ class CsvTracker(NullTracker):
                 self._written_size = 0
             else:
                 with self._path.open("r+b") as file:
-                    file.truncate(self._written_size)  # drops half a line left by a write that failed
-                    file.seek(self._written_size)
+                    file.seek(self._written_size)  # over what a write that failed half-way has left
                     file.write(self._unwritten)
                     file.flush()
                     os.fsync(file.fileno())
@@ -287,7 +286,6 @@ class MlflowTracker(NullTracker):
 
     _SECONDS_BETWEEN_SENDS = 10.0
     _LONGEST_PAUSE = 600.0
-    _METRICS_PER_CALL = 1000  # MLflow's own limit
     _LONGEST_PARAM = 500  # servers before MLflow 2.8 refuse longer ones
 
     def __init__(
@@ -398,11 +396,9 @@ class MlflowTracker(NullTracker):
             self._open_runs()
         for member, metrics in self._unsent.items():
             last_steps = self._last_steps[member]
-            metrics[:] = [metric for metric in metrics if metric[3] > last_steps.get(metric[0], -1)]
-            while metrics:
-                batch = metrics[: self._METRICS_PER_CALL]
-                self._client.log_batch(self._run_ids[member], [Metric(*metric) for metric in batch])
-                del metrics[: len(batch)]
+            new = [Metric(*metric) for metric in metrics if metric[3] > last_steps.get(metric[0], -1)]
+            self._client.log_batch(self._run_ids[member], new)
+            metrics.clear()
 
     def _deliver(self) -> None:
         self._send()
@@ -511,9 +507,7 @@ def _lock_store(uri: str) -> Iterator[None]:
 
     path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
     with FileLock(f"{path}.lock", timeout=60):
-        # MLflow would try for minutes to open what is no database.
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA schema_version")
+        sqlite3.connect(path).close()  # fails at once where MLflow would go on trying for minutes
         yield
 
 
