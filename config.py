@@ -64,6 +64,8 @@ class LearnConfig:
     weight_decay_mode: Literal["decoupled", "coupled"] = "decoupled"
     # Exponent of beta-NLL (Seitzer et al. 2022): 0 is the plain likelihood, 1 weighs errors like squared error does.
     beta_nll: float = 0.0
+    # Share of training over which beta_nll falls linearly to 0, the plain likelihood; 0 keeps it constant.
+    beta_nll_decay: float = 0.0
     # Largest norm of a member's gradient per step; null leaves gradients as they are.
     grad_clip: float | None = None
 
@@ -95,7 +97,7 @@ class LearnConfig:
             _require(value is None or value >= 1, name, value, "null or at least 1")
         for name in ("fit_lr", "scheduler_gamma"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("beta_nll", "warmup_fraction"):
+        for name in ("beta_nll", "beta_nll_decay", "warmup_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("seed", "split_seed"):
             value = getattr(self, name)
@@ -123,6 +125,8 @@ class LearnConfig:
             f"at most ensemble_size ({self.ensemble_size})",
         )
         _require(self.probabilistic or self.beta_nll == 0, "beta_nll", self.beta_nll, "0 for a deterministic ensemble")
+        needed = self.beta_nll_decay == 0 or self.beta_nll > 0
+        _require(needed, "beta_nll_decay", self.beta_nll_decay, "0 where beta_nll is 0: there is nothing to decay")
 
     @property
     def layer_decays(self) -> tuple[float, ...]:

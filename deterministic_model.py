@@ -18,8 +18,8 @@ class DeterministicNetwork(DynamicsNetwork):
         """The outputs are the mean; there is no variance."""
         return outputs, None
 
-    def losses(self, rows: NormalisedRows) -> tuple[Tensor, Tensor]:
-        """Mean squared error per member, ``(ensemble,)``, as objective and as reported loss."""
+    def losses(self, rows: NormalisedRows, progress: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean squared error per member, ``(ensemble,)``, all through training; also the reported loss."""
         mean, _ = self.normalised(rows.inputs)
         loss = (mean - rows.targets).square().mean(dim=(1, 2))
         return loss, loss.detach()

@@ -78,7 +78,8 @@ class Architecture:
     activation_fn: str = "silu"
     layer_norm: bool = False
     reward_hidden_size: tuple[int, ...] | None = None  # None: no reward is learned
-    beta_nll: float = 0.0  # of the probabilistic loss
+    beta_nll: float = 0.0  # of the probabilistic loss, as config.py explains
+    beta_nll_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -295,11 +296,12 @@ class DynamicsNetwork(nn.Module):
         """
         raise NotImplementedError
 
-    def losses(self, rows: NormalisedRows) -> tuple[Tensor, Tensor]:
+    def losses(self, rows: NormalisedRows, progress: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns each member's training objective and the loss to report, both ``(ensemble,)``.
 
         Args:
             rows: One minibatch per member, ``(ensemble, batch, ...)``.
+            progress: Share of training that is done, from 0 to 1, for objectives that change with it.
 
         Returns:
             The objective, to be summed over members and differentiated, and the reported loss, detached: means over

@@ -146,10 +146,11 @@ def train_ensemble(
         order = order.to(ensemble.device)
         loss_sum = torch.zeros(len(ensemble), device=ensemble.device)  # stays there: no wait for the device in an epoch
         for start in range(0, rows, config.batch_size):
+            time = epoch + start / rows  # in epochs
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch + start / rows)
+                group["lr"] = learning_rate(config, time)
             batch = train.select(order[:, start : start + config.batch_size])  # (ensemble, batch, ...)
-            objective, reported = network.losses(batch)  # (ensemble,)
+            objective, reported = network.losses(batch, time / config.fit_epochs)  # (ensemble,)
             if network.reward is not None:
                 objective = objective + network.reward_loss(batch)
             optimizer.zero_grad(set_to_none=True)
@@ -352,6 +353,7 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
         layer_norm=config.layer_norm,
         reward_hidden_size=config.reward_hidden_size if config.learn_reward else None,
         beta_nll=config.beta_nll,
+        beta_nll_decay=config.beta_nll_decay,
     )
     try:
         normalisation = Normalisation.from_transitions(transitions)

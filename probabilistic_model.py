@@ -2,8 +2,10 @@
 
 The loss is that of PETS (Chua et al. 2018, appendix A.1): ``mean((mu - y)^2 / var + logvar)`` with the log-variance
 soft-clamped between bounds that are learned, and ``0.01 * (sum(max_logvar) - sum(min_logvar))`` that draws the bounds
-together. Difference: with ``beta_nll`` above 0 each term is weighted by the variance to that power, held constant
-(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise.
+together. Differences: with ``beta_nll`` above 0 each term is weighted by the variance to that power, held constant
+(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise; and with
+``beta_nll_decay`` that power falls linearly to 0 over the given share of training (ours), so that the mean is learned
+first and training ends on the plain likelihood, which alone is calibrated.
 """
 
 from __future__ import annotations
@@ -49,15 +51,20 @@ class ProbabilisticNetwork(DynamicsNetwork):
         log_variance = self.min_logvar + functional.softplus(log_variance - self.min_logvar)
         return mean, log_variance
 
-    def losses(self, rows: NormalisedRows) -> tuple[Tensor, Tensor]:
+    def losses(self, rows: NormalisedRows, progress: float = 0.0) -> tuple[Tensor, Tensor]:
         """(beta-)NLL with the regulariser of the bounds per member, and the plain NLL to report, ``(ensemble,)``."""
         mean, log_variance = self.normalised(rows.inputs)
         terms = (mean - rows.targets).square() * (-log_variance).exp() + log_variance
         reported = terms.detach().mean(dim=(1, 2))
-        if self.architecture.beta_nll > 0:
-            terms = terms * (self.architecture.beta_nll * log_variance.detach()).exp()
+        beta = self._beta(progress)
+        if beta > 0:
+            terms = terms * (beta * log_variance.detach()).exp()
         bounds = (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds, reported
+
+    def _beta(self, progress: float) -> float:
+        beta, decay = self.architecture.beta_nll, self.architecture.beta_nll_decay
+        return beta if decay == 0 else beta * max(0.0, 1 - progress / decay)
 
 
 class ProbabilisticModel(DynamicsModel):
