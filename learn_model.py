@@ -508,9 +508,7 @@ def versions() -> dict[str, str]:
 def summarise(scores: list[dict[str, float | None]], elites: list[int]) -> dict[str, Any]:
     """Returns the final scores as trackers take them: their means over members, and each member's."""
     means = {
-        f"final_{name}": sum(score[name] for score in scores) / len(scores)
-        for name in scores[0]
-        if scores[0][name] is not None
+        name: sum(score[name] for score in scores) / len(scores) for name in scores[0] if scores[0][name] is not None
     }
     return {"metrics": means, "members": scores, "elites": elites}
 

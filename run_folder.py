@@ -50,16 +50,15 @@ class RunFolder:
             InputError: If a run of this name is there already, or the folder cannot be made.
         """
         path = logs / name
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except FileExistsError:
+        if path.exists():
             raise InputError(
                 f"run {name!r} exists already ({path}); go on with it by --resume, or give another --run_name"
-            ) from None
+            )
+        try:
+            path.mkdir(parents=True)
         except OSError as error:
             raise InputError(
-                f"the run folder {path} cannot be made ({error.strerror}); check the disk and permissions"
+                f"the run folder {path} cannot be made ({error.strerror}); check disk and rights"
             ) from None
         return cls(path, {"request": request, "origin": origin, "mlflow_run_id": None, "finished": None})
 
@@ -75,7 +74,7 @@ class RunFolder:
                 record = json.loads((path / "run.json").read_text(encoding="utf-8"))
             except FileNotFoundError:
                 continue  # killed before its first file: nothing to go on from
-            if record["request"] == request and not record["finished"]:
+            if record["request"] == request and record["finished"] is None:
                 return cls(path, record)
             if name is not None:
                 raise InputError(_why_not(name, record, request))
