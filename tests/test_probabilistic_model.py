@@ -10,7 +10,7 @@ import torch
 from config import LearnConfig
 from dynamics_model import Architecture, DynamicsEnsemble, NormalisedRows
 from learn_model import build_ensemble, train_ensemble
-from probabilistic_model import ProbabilisticModel
+from probabilistic_model import ProbabilisticModel, ProbabilisticNetwork
 from tracking import NullTracker
 
 # --- Prediction in raw units ---
@@ -124,9 +124,9 @@ def two_rows():
     return NormalisedRows(torch.zeros(1, 2, 3), torch.tensor([TARGETS]), None)
 
 
-def example(constant_member, beta=0.0):
+def example(constant_member, beta=0.0, decay=0.0):
     network = constant_member(ProbabilisticModel, MEAN, VARIANCE).network.requires_grad_(True)
-    network.architecture = dataclasses.replace(network.architecture, beta_nll=beta)
+    network.architecture = dataclasses.replace(network.architecture, beta_nll=beta, beta_nll_decay=decay)
     return network
 
 
@@ -189,6 +189,37 @@ def test_beta_of_one_gives_the_mean_the_gradient_of_squared_error(constant_membe
 
     # 2 * (mu - y) summed over rows, over 4 terms: (1-3 + 0, 0 - 1) / 2
     torch.testing.assert_close(network.dynamics.biases[0].grad.flatten()[:2], torch.tensor([-1.0, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("decay", "progress", "beta_then"),
+    [(0.0, 0.9, 0.8), (0.5, 0.0, 0.8), (0.5, 0.25, 0.4), (0.5, 0.5, 0.0), (0.5, 0.9, 0.0), (1.0, 0.75, 0.2)],
+)
+def test_beta_falls_linearly_to_the_plain_likelihood_over_its_share_of_training(
+    constant_member, decay, progress, beta_then
+):
+    decaying, constant = example(constant_member, 0.8, decay), example(constant_member, beta_then)
+    objective, reported = decaying.losses(two_rows(), progress)
+
+    assert objective.item() == pytest.approx(constant.losses(two_rows())[0].item(), rel=1e-5)
+    assert reported.item() == pytest.approx(1.25, rel=1e-5)
+
+
+def test_training_tells_the_loss_how_far_it_is(linear_system, monkeypatch):
+    """Of 2 epochs of 2 steps, of 60 and 40 of 100 rows, the steps begin at 0, 0.3, 0.5 and 0.8 of training."""
+    seen, losses = [], ProbabilisticNetwork.losses
+    monkeypatch.setattr(
+        ProbabilisticNetwork,
+        "losses",
+        lambda self, rows, progress: seen.append(progress) or losses(self, rows, progress),
+    )
+    settings = {"beta_nll": 0.5, "beta_nll_decay": 0.5, "hidden_size": (), "fit_epochs": 2, "batch_size": 60}
+    config, transitions = LearnConfig(probabilistic=True, ensemble_size=2, **settings), linear_system(100)
+    ensemble = build_ensemble(config, transitions)
+
+    train_ensemble(ensemble, config, ensemble.normalise(transitions), None, NullTracker())
+
+    assert seen == pytest.approx([0, 0.3, 0.5, 0.8])
 
 
 def test_losses_are_of_each_member_alone(constant_member):
