@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 
 import d4rl_registry
@@ -121,6 +123,15 @@ def load_dataset(
     dataset = _load_source(name, True, quiet)  # whoever asks next may want the simulator states
     _write_cache(dataset, dataset_path)
     return dataset
+
+
+def source_attributes(name: str) -> dict[str, Any]:
+    """Returns what the HDF5 file behind a name says of how it was made; nothing for other formats and silent files."""
+    path, _ = _locate(name)
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return {}
+    with h5py.File(path, "r") as file:
+        return dict(file.attrs)
 
 
 def _load_source(name: str, simulator_states: bool, quiet: bool) -> Dataset:

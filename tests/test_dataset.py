@@ -634,3 +634,15 @@ def test_holdout_rows_index_the_published_concatenation(next_observations):
     assert holdout_rows(made, np.array([], np.int64)).tolist() == []
     published = np.concatenate([t.observations[:-1] for t in made.trajectories])
     np.testing.assert_array_equal(published[holdout_rows(made, np.array([3])), 0], [300, 301, 302])
+
+
+def test_source_attributes_tell_how_a_file_was_made(tmp_path):
+    with h5py.File(tmp_path / "made.hdf5", "w") as file:
+        file.attrs["process_noise"] = 0.2
+    (tmp_path / "other.pkl").write_bytes(b"no HDF5")
+    assert dataset.source_attributes(str(tmp_path / "made.hdf5")) == {"process_noise": 0.2}
+    assert (
+        dataset.source_attributes(str(tmp_path / "other.pkl"))
+        == dataset.source_attributes(str(tmp_path / "missing"))
+        == {}
+    )
