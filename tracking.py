@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sqlite3
 import statistics
 import sys
@@ -483,6 +484,37 @@ def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
         return load_ensemble(client.download_artifacts(run_id, models[0], folder), device)
 
 
+def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Iterable[Path]) -> None:
+    """Adds an evaluation to the run that trained the model; where that fails, one warning says so.
+
+    Args:
+        run_id: The ensemble's run.
+        name: Of the evaluation; metrics are called ``eval/NAME/...``, files go to ``evaluation/NAME``.
+        metrics: Numbers by name.
+        files: What to keep with the run.
+    """
+    uri = "MLflow"
+    try:
+        uri = _tracking_uri()
+        if uri.startswith("sqlite:///") and not _sqlite_path(uri).is_file():
+            raise FileNotFoundError("there is no such store")
+        with _lock_store(uri):
+            client = _client(uri)
+        from mlflow.entities import Metric
+
+        if _find_run(client, run_id) is None:
+            raise LookupError(f"it has no run {run_id}")
+        now = int(time.time() * 1000)
+        values = {re.sub(r"[^\w./ -]", "_", f"eval/{name}/{key}"): value for key, value in metrics.items()}
+        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
+        for path in files:
+            client.log_artifact(run_id, str(path), artifact_path=f"evaluation/{name}")
+    except Exception as error:  # nothing that a store does may cost the user the report
+        _warn(
+            f"the evaluation is not in MLflow at {uri} ({str(error).partition(chr(10))[0]}); its files have everything"
+        )
+
+
 def _tracking_uri() -> str:
     """Returns where runs go; refuses a folder in which an old MLflow's files would keep ``mlflow ui`` from starting."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
@@ -505,10 +537,14 @@ def _lock_store(uri: str) -> Iterator[None]:
         return
     from filelock import FileLock
 
-    path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    path = _sqlite_path(uri)
     with FileLock(f"{path}.lock", timeout=60):
         sqlite3.connect(path).close()  # fails at once where MLflow would go on trying for minutes
         yield
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 def _client(uri: str) -> MlflowClient:
