@@ -252,16 +252,34 @@ def test_dimension_that_varies_in_one_row_only_is_not_constant():
     assert normalisation.input_scale[0].item() == pytest.approx(0.001998)
 
 
-def test_constant_that_float32_cannot_average_is_still_constant():
-    """The float64 mean of 0.1 (as float32) over many rows need not be 0.1 again; its deviation must be exactly 0."""
-    states = np.full((100_003, 2), 0.1, dtype=np.float32)
-    states[:, 1] = np.arange(100_003) % 7
-    transitions = Transitions(states, states[:, :1], states[::-1].copy(), states[:, 0])
+def test_constant_whose_sum_is_rounded_is_still_constant():
+    """This change has 46 bits: its mean over many rows is off by roundings, but its deviation must be exactly 0."""
+    rows = 5003
+    states, next_states = np.empty((2, rows, 2), dtype=np.float32)
+    states[:, 0], next_states[:, 0] = 1e-7, 0.3
+    states[:, 1], next_states[:, 1] = 0.0, np.arange(rows) % 7
+    change = next_states[0, 0].astype(np.float64) - states[0, 0]
+    assert (np.full((rows, 2), change).sum(axis=0) / rows != change).all(), "the test's own numbers do what it says"
+
+    normalisation = Normalisation.from_transitions(Transitions(states, states[:, :1], next_states, states[:, 0]))
+
+    assert normalisation.input_scale.tolist() == [1.0, 1.0, 1.0]
+    assert normalisation.delta_scale[0].item() == 0 < normalisation.delta_scale[1].item()
+    assert normalisation.delta_shift[0].item() == np.float32(change)
+
+
+def test_changes_are_subtracted_in_float64(member_class):
+    """1 - 2^-30 and 1 - 2^-28 are both 1 in float32; half-way between them lies 1 - 2.5 * 2^-30."""
+    states = np.float32([[2**-30], [2**-28]])
+    transitions = Transitions(states, np.float32([[0], [0]]), np.float32([[1], [1]]), np.float32([0, 0]))
+
     normalisation = Normalisation.from_transitions(transitions)
 
-    assert normalisation.input_scale[[0, 2]].tolist() == [1.0, 1.0]
-    assert normalisation.input_shift[0].item() == np.float32(0.1)
-    assert normalisation.delta_scale[0].item() == 0 < normalisation.delta_scale[1].item()
+    assert normalisation.delta_scale.item() == 1.5 * 2**-30
+    member = member_class(Architecture(1, 1, hidden_size=()), normalisation)
+    # The shift itself is kept as float32, 1.0: off by 2.5 * 2^-30, alike for both rows.
+    first, second = DynamicsEnsemble([member]).normalise(transitions).targets.flatten().tolist()
+    assert first - second == pytest.approx(2.0)
 
 
 def test_nothing_to_learn_is_an_error():
@@ -869,6 +887,9 @@ def test_held_out_rows_stay_with_every_member(member_class, random_member):
         assert member.holdout_idx.tolist() == [2, 5, 11]
         assert member.holdout_idx.dtype == np.int64 and member.holdout_idx.ndim == 1
     assert DynamicsEnsemble(ensemble.members()).holdout_idx.tolist() == [2, 5, 11]
+    first, second, _ = ensemble.members()
+    first.holdout_idx[:] = 0
+    assert second.holdout_idx.tolist() == ensemble.holdout_idx.tolist() == [2, 5, 11], "each has a copy of its own"
 
 
 # --- model.pkl ---
@@ -1292,14 +1313,15 @@ def test_a_members_noise_does_not_depend_on_how_many_there_are(constant_member):
 # --- Disagreement ---
 
 # Three members that add (0, 0), (3, 4) and (6, 8): distances 5, 5 and 10; per dimension the variances (ddof 0) are
-# (9 + 0 + 9) / 3 = 6 and (16 + 0 + 16) / 3 = 32/3, which sum to 50/3. Their own variances sum to 5, 25 and 0.5.
+# (9 + 0 + 9) / 3 = 6 and (16 + 0 + 16) / 3 = 32/3, which sum to 50/3. Their own variances sum to 5, 25 and
+# 20.25; the largest of each dimension, 9 and 20, are not one member's.
 CHANGES = ([0.0, 0.0], [3.0, 4.0], [6.0, 8.0])
-VARIANCES = ([1.0, 4.0], [9.0, 16.0], [0.25, 0.25])
+VARIANCES = ([1.0, 4.0], [9.0, 16.0], [0.25, 20.0])
 DISAGREEMENTS = {
     "max_pairwise": 10.0,
     "ensemble_std": (50 / 3) ** 0.5,
     "max_aleatoric": 25.0**0.5,
-    "total_std": (50 / 3 + 30.5 / 3) ** 0.5,
+    "total_std": (50 / 3 + 50.25 / 3) ** 0.5,
 }
 
 
@@ -1339,7 +1361,7 @@ def test_disagreement_is_in_raw_units_unless_normalised(known_ensemble, kind):
         "max_pairwise": (60**2 + 4**2) ** 0.5,
         "ensemble_std": (100 * 6 + 0.25 * 32 / 3) ** 0.5,
         "max_aleatoric": (100 * 9 + 0.25 * 16) ** 0.5,
-        "total_std": (100 * (6 + 10.25 / 3) + 0.25 * (32 + 20.25) / 3) ** 0.5,
+        "total_std": (100 * (6 + 10.25 / 3) + 0.25 * (32 + 40) / 3) ** 0.5,
     }
 
     assert ensemble.disagreement(*rows, kind).item() == pytest.approx(raw[kind], rel=1e-5)

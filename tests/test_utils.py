@@ -176,6 +176,8 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def outside_any_repository(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # set where a hook of git runs the tests
+        monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path
 
