@@ -1,0 +1,233 @@
+"""Statistics of paired comparisons: plain functions from arrays to numbers, seeded, with no file access.
+
+Letters in shapes: ``S`` seeds, ``T`` test trajectories, ``B`` bootstrap replicates, ``N`` values.
+
+A model's error varies with the seed that trained it and with the trajectories that test it, and every seed meets every
+trajectory: the two are crossed random factors, as readers and cases are in radiology. ``crossed_interval`` resamples
+both at once (the pigeonhole bootstrap; Owen 2007, "The pigeonhole bootstrap") and differs from the textbook in two
+points, which five seeds make necessary, as the percentiles of so small a bootstrap cover far less than they promise:
+
+- each replicate draws ``n - 1`` of ``n`` items, which makes the variance of a mean unbiased (Rao and Wu 1988);
+- limits are t quantiles with Satterthwaite's degrees of freedom over the two factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+REPLICATES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its uncertainty; everything but the mean is nan where there is too little to estimate it from.
+
+    Attributes:
+        mean: The estimate.
+        standard_error: Its standard deviation.
+        degrees: Degrees of freedom behind the standard error.
+        level: Of the interval.
+    """
+
+    mean: float
+    standard_error: float
+    degrees: float
+    level: float = 0.95
+
+    @property
+    def low(self) -> float:
+        """Lower limit of the interval."""
+        return self.mean - self._half_width
+
+    @property
+    def high(self) -> float:
+        """Upper limit of the interval."""
+        return self.mean + self._half_width
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of no difference: below ``1 - level`` exactly where the interval excludes 0."""
+        if self.standard_error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return float(2 * stats.t.sf(abs(self.mean) / self.standard_error, self.degrees))
+
+    @property
+    def _half_width(self) -> float:
+        return float(stats.t.ppf((1 + self.level) / 2, self.degrees)) * self.standard_error
+
+
+# --- Seeds crossed with trajectories ---
+
+
+def resample_counts(items: int, replicates: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Draws ``items - 1`` of the items with replacement, many times: how often each was drawn, ``(B, items)``."""
+    if items < 2:
+        return np.full((replicates, items), np.nan)
+    return np.random.default_rng(seed).multinomial(items - 1, np.full(items, 1 / items), size=replicates).astype(float)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means under many weightings.
+
+    Args:
+        values: ``(N,)``.
+        weights: ``(B, N)``, not negative.
+
+    Returns:
+        ``(B,)``.
+    """
+    return weights @ values / weights.sum(axis=1)
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Smallest value with at least half of the weight at or below it, under many weightings; arguments as above.
+
+    With equal weights it is NumPy's median of method ``inverted_cdf``; values may be infinite.
+    """
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weights[:, order], axis=1)
+    return values[order][np.argmax(below >= below[:, -1:] / 2, axis=1)]
+
+
+def crossed_interval(
+    by_seed: np.ndarray, replicates: np.ndarray, trajectories: int, *, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """Estimates a mean over seeds, with seeds and trajectories as crossed random factors.
+
+    Args:
+        by_seed: A statistic of all trajectories, one value per seed, ``(S,)``; the same for two arms' paired difference.
+        replicates: The same under resampled trajectories, ``(B, S)``; in a replicate all seeds share the trajectories.
+        trajectories: How many were resampled.
+        seed: Of the resampling of seeds.
+        level: Of the interval.
+
+    Returns:
+        An estimate of uncertainty nan for fewer than two seeds or trajectories.
+    """
+    seeds = len(by_seed)
+    if seeds < 2 or trajectories < 2:
+        return Estimate(float(np.mean(by_seed)) if seeds else math.nan, math.nan, math.nan, level)
+    counts = resample_counts(seeds, len(replicates), [seed, 1])  # another stream than the caller's for trajectories
+    variance = np.var((replicates * counts).sum(axis=1) / (seeds - 1), ddof=1)
+    of_seeds = np.var(by_seed, ddof=1) / seeds
+    of_trajectories = np.var(replicates.mean(axis=1), ddof=1)
+    degrees = satterthwaite([of_seeds, of_trajectories], [seeds - 1, trajectories - 1])
+    return Estimate(float(np.mean(by_seed)), float(np.sqrt(variance)), degrees, level)
+
+
+def satterthwaite(variances: Sequence[float], degrees: Sequence[float]) -> float:
+    """Degrees of freedom of a sum of independent variance estimates (Satterthwaite 1946)."""
+    variances, degrees = np.asarray(variances), np.asarray(degrees)
+    if not variances.any():
+        return float(degrees.sum())
+    return float(variances.sum() ** 2 / (np.square(variances) / degrees).sum())
+
+
+def pool(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of independent estimates, each of which counts alike: datasets as fixed effects."""
+    variances = [np.square(estimate.standard_error / len(estimates)) for estimate in estimates]
+    degrees = satterthwaite(variances, [estimate.degrees for estimate in estimates])
+    mean = float(np.mean([estimate.mean for estimate in estimates]))
+    return Estimate(mean, float(np.sqrt(np.sum(variances))), degrees, estimates[0].level)
+
+
+# --- Spread over seeds ---
+
+
+@dataclass(frozen=True)
+class SpreadRatio:
+    """Ratio of two paired standard deviations with its confidence limits and two-sided p-value."""
+
+    ratio: float
+    low: float
+    high: float
+    p_value: float
+
+
+def compare_spreads(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> SpreadRatio:
+    """Compares the standard deviations of paired values: Pitman's and Morgan's test (both 1939) and its interval.
+
+    Exact for normal values: the variances are equal if and only if sum and difference are uncorrelated. Several
+    datasets are pooled by centring each one and bringing it to the same scale; one of them is the textbook's case.
+
+    Args:
+        first: ``(datasets, S)``.
+        second: ``(datasets, S)``, paired with it value by value.
+        level: Of the interval.
+
+    Returns:
+        The ratio of the first to the second; limits and p-value are nan for fewer than three pairs of values.
+    """
+    first, second = (part - part.mean(axis=1, keepdims=True) for part in (first, second))
+    size = np.sqrt((np.square(first) + np.square(second)).mean(axis=1, keepdims=True))
+    first, second = first / size, second / size
+    squares = np.square(first).sum() / np.square(second).sum()
+    degrees = first.size - len(first) - 1
+    if degrees < 1:
+        return SpreadRatio(float(np.sqrt(squares)), math.nan, math.nan, math.nan)
+    correlation = (first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum())
+    unexplained = max(1 - correlation**2, 0.0)
+    widening = 1 + 2 * unexplained * stats.t.ppf((1 + level) / 2, degrees) ** 2 / degrees
+    factor = widening + np.sqrt(widening**2 - 1)
+    with np.errstate(divide="ignore"):
+        statistic = abs(squares - 1) * np.sqrt(degrees / (4 * unexplained * squares))
+    low, ratio, high = np.sqrt([squares / factor, squares, squares * factor])
+    return SpreadRatio(float(ratio), float(low), float(high), float(2 * stats.t.sf(statistic, degrees)))
+
+
+# --- Many tests at once ---
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Adjusts p-values of one family (Holm 1979): each may be compared with the level itself; nan stays nan."""
+    p_values = np.asarray(p_values, dtype=float)
+    adjusted, tested = np.full_like(p_values, np.nan), np.flatnonzero(np.isfinite(p_values))
+    order = tested[np.argsort(p_values[tested])]
+    scaled = p_values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
+
+
+# --- Aggregates over runs, as rliable defines them (Agarwal et al. 2021) ---
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """Mean of the middle half of all runs of all tasks, ``(tasks, S)``; a quarter is cut off at each end."""
+    return float(stats.trim_mean(scores, 0.25, axis=None))
+
+
+def probability_of_improvement(errors: np.ndarray, reference: np.ndarray) -> float:
+    """Probability that a run has a lower error than one of the reference, ties counting half; the mean over tasks.
+
+    Args:
+        errors: ``(tasks, S)``; infinite for a run that failed.
+        reference: ``(tasks, R)``.
+    """
+    pairs = errors[:, :, None], reference[:, None, :]
+    return float(((pairs[0] < pairs[1]) + 0.5 * (pairs[0] == pairs[1])).mean())
+
+
+def stratified_interval(
+    statistic: Callable[..., float], arrays: Sequence[np.ndarray], *, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap that resamples each task's runs: rliable's interval, from ``REPLICATES`` replicates.
+
+    Args:
+        statistic: Called with arrays like those given.
+        arrays: ``(tasks, S)`` each, resampled independently.
+        seed: Of the resampling.
+        level: Of the interval.
+    """
+    random = np.random.default_rng(seed)
+
+    def resample(runs: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(runs, random.integers(runs.shape[1], size=runs.shape), axis=1)
+
+    values = [statistic(*map(resample, arrays)) for _ in range(REPLICATES)]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
