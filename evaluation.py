@@ -18,13 +18,11 @@ import numpy as np
 import pandas as pd
 
 import metrics
-from dataset import Dataset, Transitions
+from dataset import Dataset, Transitions, gather_transitions
 from dynamics_model import DynamicsEnsemble
 from forecasts import OneStep, Rows, Scale, gather_rows, predict_one_step
 from rollouts import StateRange, evaluate_rollouts
 
-HORIZONS = (1, 5, 10, 25, 50, 100, 200)
-MAX_STARTS = 256
 _FOLDS = 5
 _RESIDUAL_ROWS = 20_000
 _PIT_BINS = 20
@@ -42,8 +40,8 @@ def evaluate(
     *,
     elites: Sequence[int] | None = None,
     ood_rows: Mapping[str, Rows] | None = None,
-    horizons: Iterable[int] = HORIZONS,
-    max_starts: int = MAX_STARTS,
+    horizons: Sequence[int],
+    max_starts: int,
     seed: int = 0,
 ) -> Tables:
     """Evaluates an ensemble on whole trajectories, one step ahead and open loop.
@@ -56,7 +54,7 @@ def evaluate(
             are fitted on the evaluated rows themselves, across folds of trajectories.
         elites: Members whose mean is scored beside that of all members, if they are not all.
         ood_rows: Rows of other datasets by name, which uncertainty should tell from the evaluated ones.
-        horizons: Steps at which tables of single start points and dimensions are kept.
+        horizons: Steps at which tables of single start points and dimensions are kept; the largest is how far to go.
         max_starts: Start points of rollouts, evenly spread over the rows.
         seed: Of folds, start points and sampling.
 
@@ -94,9 +92,7 @@ def evaluate(
     scale = Scale.of(ensemble)
     one_step = predict_one_step(ensemble, rows.states, rows.actions, rows.next_states)
     fold = metrics.assign_folds(rows.trajectory, _FOLDS, seed)
-    variances = one_step.variances
-    if variances is None:
-        variances = residual_variances(ensemble, one_step, fold, training)
+    variances = complete_variances(ensemble, one_step, fold, training)
     calibrated = Calibrated.of(one_step, variances, fold)
     linear = linear_baseline(rows, scale, fold, training)
 
@@ -122,14 +118,14 @@ def evaluate(
         variances,
         fold,
         StateRange.of(dataset),
-        horizons=list(horizons),
+        horizons=horizons,
         max_starts=max_starts,
         seed=seed,
     )
     return tables | rollouts
 
 
-def summarise(tables: Tables, horizons: Iterable[int] = HORIZONS) -> dict[str, float]:
+def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
     """Returns the headline numbers of an evaluation by name; what could not be measured is left out."""
     one_step = tables["one_step"].query("dimension == 'all'").set_index("predictor")
     members = one_step[one_step.index.str.startswith("member_")]
@@ -155,7 +151,7 @@ def summarise(tables: Tables, horizons: Iterable[int] = HORIZONS) -> dict[str, f
     if "ood" in tables:
         for _, row in tables["ood"].query("units == 'normalised'").iterrows():
             summary[f"auroc_{row.dataset}_{row.measure}"] = row.auroc
-    for _, row in tables["rollout"][tables["rollout"].horizon.isin(list(horizons))].iterrows():
+    for _, row in tables["rollout"][tables["rollout"].horizon.isin(horizons)].iterrows():
         if row.propagation in ("mean", "ts1", "tsinf"):
             summary[f"error_{row.propagation}_{row.horizon}"] = row["median"]
             summary[f"diverged_{row.propagation}_{row.horizon}"] = row.diverged
@@ -167,24 +163,32 @@ def summarise(tables: Tables, horizons: Iterable[int] = HORIZONS) -> dict[str, f
 # --- Completing and recalibrating predictions ---
 
 
-def residual_variances(
+def residual_variance(ensemble: DynamicsEnsemble, transitions: Transitions | Rows) -> np.ndarray:
+    """Mean squared residual of each member per dimension, ``(E, 1, L)``, of at most 20,000 rows, evenly spread."""
+    chosen = np.linspace(0, len(transitions) - 1, min(len(transitions), _RESIDUAL_ROWS)).astype(np.int64)
+    one_step = predict_one_step(
+        ensemble, transitions.states[chosen], transitions.actions[chosen], transitions.next_states[chosen]
+    )
+    return np.maximum(np.square(one_step.errors).mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def complete_variances(
     ensemble: DynamicsEnsemble, one_step: OneStep, fold: np.ndarray, training: Transitions | None
 ) -> np.ndarray:
-    """Returns the variance that deterministic members answer for: their mean squared residuals, ``(E, N, L)``.
+    """Returns the members' variances, ``(E, N, L)``; of deterministic ones, those of their residuals.
 
-    Of at most 20,000 training rows, evenly spread; without training rows, of the other folds' evaluated rows.
+    Residuals are the training rows'; without training rows, those of the other folds' evaluated rows.
 
     Raises:
-        ValueError: If there are neither training rows nor a second fold.
+        ValueError: If deterministic members have neither training rows nor a second fold.
     """
-    if training is None:
-        if len(np.unique(fold)) < 2:
-            raise ValueError("without training rows, residuals need at least two trajectories to evaluate on")
-        return np.square(metrics.cross_fitted_scale(one_step.errors, fold))
-    chosen = np.linspace(0, len(training) - 1, min(len(training), _RESIDUAL_ROWS)).astype(np.int64)
-    seen = predict_one_step(ensemble, training.states[chosen], training.actions[chosen], training.next_states[chosen])
-    variance = np.square(seen.errors).mean(axis=1, keepdims=True)  # (E, 1, L)
-    return np.broadcast_to(np.maximum(variance, np.finfo(np.float32).tiny), one_step.means.shape)
+    if one_step.variances is not None:
+        return one_step.variances
+    if training is not None:
+        return np.broadcast_to(residual_variance(ensemble, training), one_step.means.shape)
+    if len(np.unique(fold)) < 2:
+        raise ValueError("without training rows, residuals need at least two trajectories to evaluate on")
+    return np.square(metrics.cross_fitted_scale(one_step.errors, fold))
 
 
 @dataclass(frozen=True)
@@ -433,6 +437,23 @@ def _uncertainties(one_step: OneStep, scale: Scale) -> Iterable[tuple[str, dict[
         variances = None if one_step.variances is None else one_step.variances * np.square(factor)
         error = np.linalg.norm(one_step.errors.mean(axis=0) * factor, axis=-1)
         yield units, disagreements(one_step.means * factor, variances), error
+
+
+def cross_dataset_error(ensemble: DynamicsEnsemble, dataset: Dataset, rows: Rows) -> dict[str, float]:
+    """Error of the ensemble's mean on rows of any dataset, in units that do not depend on the model.
+
+    Returns:
+        ``rows``; ``rmse`` over the learned dimensions that vary in the dataset, each divided by its mean absolute
+        deviation of the change there, so that models can be compared on one dataset; ``rmse_raw`` of the same.
+    """
+    every = gather_transitions(dataset, np.arange(len(dataset.trajectories)))
+    scale = Scale.of(ensemble)
+    change = (every.next_states.astype(np.float64) - every.states)[:, scale.learned]
+    deviation = np.abs(change - change.mean(axis=0)).mean(axis=0)
+    one_step = predict_one_step(ensemble, rows.states, rows.actions, rows.next_states)
+    error = (one_step.errors.mean(axis=0) * scale.factor)[:, deviation > 0]
+    rmse = float(metrics.rmse(error / deviation[deviation > 0]))
+    return {"rows": len(rows), "rmse": rmse, "rmse_raw": float(metrics.rmse(error))}
 
 
 # --- Trajectory by trajectory ---

@@ -185,11 +185,11 @@ def evaluate_oracle(
 
     Returns:
         ``oracle``: actions (``recorded``, ``perturbed``, ``mirrored``, ``random``), rows, rmse, no_change (that
-        baseline's rmse), mean_z2 and coverage_90 (of the moment-matched Gaussian), and for each measure of
-        disagreement, normalised units: its mean, spearman (with the error), auroc (of telling these actions from the
-        recorded ones). ``oracle_noise``, on noisy data only: dimension, true (standard deviation of the simulator's
-        next state, root mean square over rows), predicted (the same of the aleatoric variance), spearman (of the two
-        variances over rows).
+        baseline's rmse), predicted_std (root mean square), mean_z2 and coverage_90 (of the moment-matched Gaussian),
+        and for each measure of disagreement, normalised units: its mean, spearman (with the error) and auroc (of
+        telling these actions from the recorded ones).
+        ``oracle_noise``, on noisy data only: dimension, true (standard deviation of the simulator's next state, root
+        mean square over rows), predicted (the same of the aleatoric variance), spearman (of the two over rows).
     """
     recorded, random = oracle.recorded, np.random.default_rng(seed)
     records, on_data = [], {}
@@ -205,6 +205,7 @@ def evaluate_oracle(
             "rows": len(error),
             "rmse": float(metrics.rmse(error)),
             "no_change": float(metrics.rmse(one_step.change)),
+            "predicted_std": float(np.sqrt(np.mean(variance))),
             "mean_z2": float(np.mean(np.square(z))),
             "coverage_90": float(metrics.interval_coverage(z, 0.9)),
         }

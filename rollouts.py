@@ -7,7 +7,7 @@ lead to the recorded states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,7 @@ def evaluate_rollouts(
     fold: np.ndarray,
     state_range: StateRange,
     *,
-    horizons: Iterable[int],
+    horizons: Sequence[int],
     max_starts: int,
     seed: int,
 ) -> dict[str, pd.DataFrame]:
@@ -305,7 +305,7 @@ def error_table(propagation: str, forecast: Forecast, trajectory: np.ndarray) ->
     return pd.DataFrame(records)
 
 
-def dimension_table(propagation: str, forecast: Forecast, horizons: list[int], scale: Scale) -> pd.DataFrame:
+def dimension_table(propagation: str, forecast: Forecast, horizons: Sequence[int], scale: Scale) -> pd.DataFrame:
     """Median absolute error over start points of each dimension, at the horizons asked for."""
     tables = []
     for horizon in horizons:
@@ -317,7 +317,7 @@ def dimension_table(propagation: str, forecast: Forecast, horizons: list[int], s
 
 
 def start_table(
-    propagation: str, forecast: Forecast, horizons: list[int], trajectory: np.ndarray, step: np.ndarray
+    propagation: str, forecast: Forecast, horizons: Sequence[int], trajectory: np.ndarray, step: np.ndarray
 ) -> pd.DataFrame:
     """The error of every start point that lasts as long, at the horizons asked for."""
     tables = []
