@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check clean
+.PHONY: run test lint check clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality
 
 run: $(VENV)/.installed
 	$(BIN)/python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
@@ -17,6 +17,24 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 check: lint test
+
+# Benchmarks: finished rows are skipped, so each target can be stopped and run again. On an idle machine, one at a time.
+bench: bench-steps bench-prediction bench-around bench-quality
+
+bench-steps: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.step_throughput --size hopper --threads 2
+
+bench-steps-all: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.step_throughput
+
+bench-prediction: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.prediction
+
+bench-around: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.around_training
+
+bench-quality: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.time_to_quality
 
 clean:
 	rm -rf $(VENV)
@@ -31,4 +49,9 @@ $(VENV)/.installed: requirements.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mbrl==0.2.0
 	touch $@

@@ -1,0 +1,220 @@
+"""What the benchmarks share: rows in CSV files, the machine they were measured on, tables in README.md, figures.
+
+A benchmark appends finished rows to ``results/NAME.csv`` and skips them when it is run again; its tables and figures
+are made from that file alone. Every row says on which machine and at which commit it was measured; tables show the rows
+of the machine that measured last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from errors import CommandLine
+from utils import atomic_write, git_commit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+
+
+class Study:
+    """The files of one benchmark.
+
+    Args:
+        name: Of the CSV, and of the script that writes it.
+        folder: Holds ``results/``, ``plots/`` and ``README.md``.
+    """
+
+    def __init__(self, name: str, folder: Path = FOLDER) -> None:
+        self.name = name
+        self.folder = folder
+        self.csv = folder / "results" / f"{name}.csv"
+
+    def rows(self, machine: str | None = None) -> pd.DataFrame:
+        """Returns the rows measured on a machine, by default the one that measured last; empty where there are none."""
+        if not self.csv.exists():
+            return pd.DataFrame()
+        table = pd.read_csv(self.csv)
+        return table[table["machine"] == (table["machine"].iloc[-1] if machine is None else machine)]
+
+    def finished(self, **wanted: Any) -> pd.DataFrame:
+        """Returns the rows of this machine that have these values in these columns."""
+        table = self.rows(machine())
+        for column, value in wanted.items() if len(table) else ():
+            table = table[table[column] == value]
+        return table
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements."""
+        origin = {"commit": (git_commit(ROOT) or "unknown")[:10], "machine": machine()}
+        table = pd.DataFrame([row | origin for row in rows])
+        if self.csv.exists():
+            table = pd.concat([pd.read_csv(self.csv), table])
+        with atomic_write(self.csv, "w") as file:
+            table.to_csv(file, index=False, float_format="%.6g")
+
+    def write_table(self, text: str, section: str | None = None) -> None:
+        """Replaces what README.md has between the section's marker comments, and says what wrote it and where.
+
+        Args:
+            text: Markdown.
+            section: Name in the marker comments; by default that of the benchmark.
+        """
+        section = section or self.name
+        readme = self.folder / "README.md"
+        begin, end = f"<!-- begin {section} -->\n", f"<!-- end {section} -->\n"
+        before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+        _, marker, after = rest.partition(end)
+        if not marker:
+            raise ValueError(
+                f"{readme} has no lines {begin.strip()!r} and {end.strip()!r} for this table to go between"
+            )
+        rows = self.rows()
+        commits = ", ".join(f"`{commit}`" for commit in rows["commit"].unique())
+        origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {rows['machine'].iloc[-1]}."
+        with atomic_write(readme, "w") as file:
+            file.write(f"{before}{begin}\n{origin}\n\n{text.strip()}\n\n{end}{after}")
+        print(f"\n{text.strip()}\n\n{self.csv}, {readme}", file=sys.stderr)
+
+    def save_figure(self, figure: Figure, name: str | None = None) -> None:
+        """Writes a figure to ``plots/``, by default under the name of the benchmark."""
+        path = self.folder / "plots" / f"{name or self.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+
+
+# --- The command line ---
+
+
+def command_line(description: str | None) -> CommandLine:
+    """Returns a parser with the flags that all benchmarks have."""
+    parser = CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="try it out: tiny settings, and results, tables and figures in a temporary folder; not for publishing",
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="measure nothing, draw tables and figures again from the CSV"
+    )
+    return parser
+
+
+def open_study(name: str, quick: bool) -> Study:
+    """Returns the benchmark's files; those of a quick trial are in a temporary folder."""
+    if not quick:
+        return Study(name)
+    folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
+    shutil.copy(FOLDER / "README.md", folder)
+    return Study(name, folder)
+
+
+# --- Machine and versions ---
+
+
+def machine() -> str:
+    """Returns processor, cores, memory and the versions that speed depends on, in a line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy"))
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{_cpu_model()} ({cores} cores; {memory:.0f} GiB; {system}; Python {platform.python_version()} {packages})"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in lines}
+    model = facts.get("model name", platform.machine())
+    return f"{model} family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else model
+
+
+# --- Measuring in turn ---
+
+
+def in_turn(arms: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Times functions in alternating rounds, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        arms: Functions by name; each is called before the first round, too, unmeasured.
+        rounds: How often each is timed.
+        seconds: About how long each is called over and over in a round.
+
+    Returns:
+        A row per round and arm: ``started``, the same for all of one call; ``round``; ``arm``; ``ms`` per call.
+    """
+    calls = {}
+    for name, function in arms.items():
+        function()
+        start = time.perf_counter()
+        function()
+        calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+    rows, started = [], timestamp()
+    for turn in range(rounds):
+        for name, function in arms.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            elapsed = time.perf_counter() - start
+            rows.append({"started": started, "round": turn, "arm": name, "ms": elapsed / calls[name] * 1e3})
+    return rows
+
+
+def timestamp() -> str:
+    """Returns the time of day, which tells measurements of one sitting from another's."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def compare(rows: pd.DataFrame, case: list[str], base: str, value: str = "ms") -> pd.DataFrame:
+    """Summarises rounds: per case and arm, ``median``, ``low``, ``high`` and ``ratio``.
+
+    Args:
+        rows: With the columns of ``case``, ``started``, ``round``, ``arm`` and ``value``.
+        case: What tells cases apart.
+        base: The arm that others are compared with: ``ratio`` is the median, over rounds, of the arm's value divided by
+            the base's in the same round.
+        value: What was measured.
+    """
+    turn = [*case, "started", "round"]
+    of_base = rows[rows["arm"] == base].set_index(turn)[value].rename("base")
+    rows = rows.join(of_base, on=turn)
+    rows = rows.assign(ratio=rows[value] / rows["base"])
+    return rows.groupby([*case, "arm"], sort=False).agg(
+        median=(value, "median"), low=(value, "min"), high=(value, "max"), ratio=("ratio", "median")
+    )
+
+
+# --- Tables and figures ---
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def spread(summary: pd.Series, form: str = ".3g") -> str:
+    """Returns the median, and low and high in brackets, of a row of ``compare``."""
+    return f"{summary['median']:{form}} ({summary['low']:{form}}–{summary['high']:{form}})"  # noqa: RUF001 - a range
+
+
+def new_figure(columns: int, lines: int = 1) -> Figure:
+    """Returns a figure for that many panels."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    return Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")

@@ -1,0 +1,198 @@
+"""Milliseconds per optimiser step of a 7-member ensemble: ours, other ways to take the same step, and the floor.
+
+    python -m benchmarks.step_throughput --size hopper --threads 2
+    python -m benchmarks.step_throughput --hidden 4x200 --batch 256 --arms ours compiled
+    python -m benchmarks.step_throughput --quick
+
+Each way (``step_arms.py``) is a process of its own with its own thread settings; all processes of a case are warmed up
+and then run in turn, one round each, and ratios are taken within a round. Measured arms of a case are skipped when the
+command is run again; ``ours`` is measured along with every new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from benchmarks import harness, step_arms
+from benchmarks.step_arms import ARMS, NEEDS, SIZES, Case
+
+KINDS = ("probabilistic", "deterministic")
+HIDDEN = ("4x200", "4x256", "4x512", "2x512")
+BATCHES = (256, 1024)
+THREADS = (1, 2)
+CASE = ["kind", "hidden", "batch", "size", "threads"]
+OTHERS = [arm for arm in ARMS if arm not in ("ours", "floor")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures what is missing of the cases asked for, then draws the tables and the figure."""
+    args = parse_arguments(argv)
+    study = harness.open_study("step_throughput", args.quick)
+    if not args.tables:
+        arms = [arm for arm in args.arms if is_available(arm)]
+        grid = itertools.product(args.kind, args.hidden, args.batch, args.size, args.threads)
+        for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
+            measure(study, case, arms)
+    rows = study.rows()
+    summary = harness.compare(rows, CASE, base="ours")
+    study.write_table(tables(summary, rows))
+    study.save_figure(figure(summary))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; without flags, everything but the compiled arm is measured."""
+    parser = harness.command_line(__doc__)
+    for flag, choices, meaning in (
+        ("kind", KINDS, "kinds of ensemble"),
+        ("hidden", HIDDEN, "layers x width"),
+        ("batch", BATCHES, "rows per member and step"),
+        ("size", tuple(SIZES), "environments whose sizes of state and action to take"),
+        ("threads", THREADS, "threads and cores"),
+    ):
+        parser.add_argument(
+            f"--{flag}", nargs="+", type=type(choices[0]), choices=choices, default=choices, help=f"{meaning} (all)"
+        )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=[arm for arm in ARMS if arm != "compiled"],
+        help="ways to take a step; compiled is ours under torch.compile, which takes a minute per case (all but that)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds of each arm (5)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.kind, args.hidden, args.batch, args.size, args.threads = KINDS, ("4x200",), (256,), ("hopper",), (1,)
+        args.rounds = 2
+    return args
+
+
+def is_available(arm: str) -> bool:
+    """Whether what an arm needs is installed; says so where it is not."""
+    missing = [package for package in NEEDS.get(arm, ()) if importlib.util.find_spec(package) is None]
+    if arm == "compiled" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        missing.append("a C++ compiler")
+    if missing:
+        print(f"arm {arm} is left out: {', '.join(missing)} not found; see requirements-bench.txt", file=sys.stderr)
+    return not missing
+
+
+def measure(study: harness.Study, case: Case, arms: list[str]) -> None:
+    """Runs the arms of a case that have no rows yet in alternating rounds, and ``ours`` with them."""
+    measured = study.finished(**{name: getattr(case, name) for name in CASE})
+    missing = [arm for arm in arms if measured.empty or arm not in set(measured["arm"])]
+    if not missing:
+        return
+    rows, started = [], harness.timestamp()
+    with contextlib.ExitStack() as stack:
+        workers = {arm: stack.enter_context(worker(arm, case)) for arm in dict.fromkeys(["ours", *missing])}
+        for process in workers.values():
+            answer(process)  # of the warm-up
+        for turn in range(case.rounds):
+            for arm, process in workers.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                values = {name: getattr(case, name) for name in CASE}
+                rows.append(values | {"arm": arm, "started": started, "round": turn} | answer(process))
+    study.append(rows)
+
+
+def worker(arm: str, case: Case) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Starts the process of an arm; it ends when its standard input is closed, as leaving the context does."""
+    threads = {name: str(case.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return subprocess.Popen(
+        step_arms.arguments(arm, case),
+        cwd=harness.ROOT,
+        env=os.environ | threads | {"JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Waits for a worker's next round."""
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(
+            f"an arm ended with code {process.wait()} ({' '.join(process.args[3:])}); see its error above"
+        )
+    return json.loads(line)
+
+
+# --- Tables and the figure ---
+
+
+def tables(summary: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Returns a table for each environment's sizes and number of threads, the first one in sight."""
+    median = rows[rows["arm"] == "floor"].groupby("threads")[["gflops_per_s", "gbytes_per_s"]].median()
+    speeds = "; ".join(
+        f"with {threads} thread{'s' * (threads > 1)} {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
+        f"{row.gbytes_per_s:.0f} GB/s in copies"
+        for threads, row in median.iterrows()
+    )
+    text = [
+        "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by "
+        "ours in the same round. `products`: the step's matrix products alone. Floor: FLOPs and optimiser traffic at "
+        f"the speeds measured in the same rounds ({speeds})."
+    ]
+    groups = summary.reset_index().groupby(["size", "threads"])
+    headline_first = sorted(groups, key=lambda group: (group[0][0] != "hopper", -group[0][1]))
+    for index, ((size, threads), group) in enumerate(headline_first):
+        title = f"{size}, {threads} thread{'s' * (threads > 1)}"
+        table = case_table(group)
+        text.append(
+            f"**{title}**\n\n{table}" if index == 0 else f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+        )
+    return "\n\n".join(text)
+
+
+def case_table(group: pd.DataFrame) -> str:
+    """Returns the table of one environment's sizes and number of threads: a line per kind, network and batch."""
+    header = ["kind", "hidden", "batch", "ours, ms", *(f"{arm}, x" for arm in OTHERS), "floor, ms", "ours / floor"]
+    lines = []
+    for (kind, hidden, batch), case in group.groupby(["kind", "hidden", "batch"], sort=False):
+        arms: dict[str, Any] = {row["arm"]: row for _, row in case.iterrows()}
+        ratios = [f"{arms[arm]['ratio']:.2f}" if arm in arms else "not measured" for arm in OTHERS]
+        floor = [harness.spread(arms["floor"]), f"{1 / arms['floor']['ratio']:.2f}"] if "floor" in arms else ["-", "-"]
+        lines.append([kind, hidden, str(batch), harness.spread(arms["ours"]), *ratios, *floor])
+    return harness.markdown(header, lines)
+
+
+def figure(summary: pd.DataFrame) -> Any:
+    """Draws milliseconds per step, a panel per kind and batch, for the table that is in sight."""
+    table = summary.reset_index()
+    table = table[table["size"] == ("hopper" if "hopper" in set(table["size"]) else table["size"].iloc[0])]
+    table = table[table["threads"] == table["threads"].max()]
+    panels = [key for key, _ in table.groupby(["kind", "batch"], sort=False)]
+    drawn = harness.new_figure(columns=len(panels))
+    for axes, (kind, batch) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel = table[(table["kind"] == kind) & (table["batch"] == batch)]
+        shown = list(panel["hidden"].unique())
+        arms = [arm for arm in ARMS if arm in set(panel["arm"])]
+        for offset, arm in enumerate(arms):
+            own = panel[panel["arm"] == arm]
+            places = [shown.index(hidden) + (offset - len(arms) / 2) * 0.8 / len(arms) for hidden in own["hidden"]]
+            errors = [own["median"] - own["low"], own["high"] - own["median"]]
+            axes.bar(places, own["median"], width=0.8 / len(arms), yerr=errors, align="edge", label=arm)
+        axes.set_xticks(range(len(shown)), shown)
+        axes.set(title=f"{kind}, batch {batch}", ylabel="ms per step of 7 members", yscale="log")
+        axes.grid(axis="y", alpha=0.3)
+    drawn.axes[0].legend(fontsize="x-small")
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
