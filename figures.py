@@ -26,8 +26,8 @@ MEASURES = {
     "total_std": (RED, "D"),
 }
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 10,
+    "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -37,7 +37,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#E4E7EB",
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "evaluation",  # the same figure is the same file
@@ -72,7 +72,7 @@ def draw_figures(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) -> di
 
 
 def _panel(title: str, xlabel: str, ylabel: str, height: float = 3.5) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.4, height))
+    figure = Figure(figsize=(5.0, height))
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return figure, axes
@@ -107,7 +107,8 @@ def draw_ensemble_size(table: pd.DataFrame) -> Figure:
             f"{row.rmse:.3g}", (row.members, row.rmse), textcoords="offset points", xytext=(0, 7), ha="center"
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.08, y=0.25)
+    axes.margins(x=0.08)
+    axes.set_ylim(0, table.rmse.max() * 1.25)  # from 0, so that what is flat looks flat
     return figure
 
 
@@ -208,7 +209,7 @@ def draw_coverage(table: pd.DataFrame) -> Figure:
         rows = table[table.variant == variant]
         if len(rows):
             axes.plot(np.arange(len(rows)) + shift, rows.coverage_90, marker, ms=4, color=colour, label=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _name_dimensions(axes, dimensions)
     axes.legend()
     return figure
@@ -302,7 +303,7 @@ def draw_oracle(table: pd.DataFrame) -> Figure:
     axes.bar(position + width / 2, table.predicted_std, width, color=SKY, label="predicted standard deviation")
     for x, coverage in zip(position, table.coverage_90, strict=True):
         height = table[["rmse", "predicted_std"]].iloc[x].max()
-        axes.annotate(f"90 % band\ncovers {coverage:.0%}", (x, height), ha="center", va="bottom", fontsize=7.5)
+        axes.annotate(f"90 % band\ncovers {coverage:.0%}", (x, height), ha="center", va="bottom", fontsize=8.5)
     axes.set_xticks(position, table.actions)
     axes.margins(y=0.22)
     axes.grid(axis="x", visible=False)

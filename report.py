@@ -40,6 +40,7 @@ HEADINGS = {
     "crps_raw": "CRPS, raw",
     "mean_z2": "mean z²",
     "ece": "calibration error",
+    **{f"coverage_{level}": f"in {level} % interval" for level in (50, 80, 90, 95)},
     "auroc": "AUROC",
     "auroc_worst": "AUROC, worst 10 %",
     "q10": "10 %",
@@ -135,7 +136,8 @@ def measured_sections(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) 
         for name in ("one_step", "likelihood", "calibration")
     }
     rollout, coverage = (tables[name][tables[name].horizon.isin(horizons)] for name in ("rollout", "rollout_coverage"))
-    shown = rollout[rollout.propagation.isin(["tsinf", "ts1", "mean", "no_change"])]
+    by_name = dict(list(rollout.groupby("propagation")))
+    shown = pd.concat([by_name[name] for name in ("tsinf", "ts1", "mean", "no_change")])
     sections = [
         Section(
             "One step ahead",
@@ -268,10 +270,10 @@ def _embedded(figure: Figure, caption: str) -> str:
 def html_table(table: pd.DataFrame) -> str:
     """Returns a table as HTML, with numbers to three digits; it scrolls by itself where the screen is narrow."""
     names = [HEADINGS.get(name, str(name).replace("_", " ")) for name in table]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    kinds = [' class="text"' if pd.api.types.is_string_dtype(table[name]) else "" for name in table]
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
     rows = []
     for row in table.itertuples(index=False):
-        kinds = (' class="text"' if isinstance(value, str) else "" for value in row)
         cells = (f"<td{kind}>{html.escape(format_cell(value))}</td>" for kind, value in zip(kinds, row, strict=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -310,7 +312,7 @@ CSS = """
 :root { color-scheme: light; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 1320px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { margin: 0 0 .25rem; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 2px solid var(--accent); font-size: 1.3rem; }
 h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; }
@@ -323,7 +325,7 @@ p { max-width: 75ch; margin: .4rem 0; overflow-wrap: anywhere; }
 .card div { color: var(--soft); font-size: .85rem; }
 .card strong { display: block; font-size: 1.5rem; color: var(--accent); }
 .card small { color: var(--soft); line-height: 1.35; display: block; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.5rem 2rem;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.5rem 2rem;
   margin: 1.25rem 0; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; max-width: 620px; height: auto; }
@@ -332,10 +334,14 @@ figcaption { margin-top: .4rem; color: var(--soft); font-size: .9rem; line-heigh
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 520px) { main { padding: 1.25rem .9rem 3rem; } h1 { font-size: 1.35rem; } }
+@media (max-width: 520px) {
+  main { padding: 1.25rem .9rem 3rem; }
+  h1 { font-size: 1.35rem; }
+  th, td { padding: .3rem .45rem; }
+}
 @media print { details { break-inside: avoid; } figure { break-inside: avoid; } }
 """
 
