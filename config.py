@@ -103,6 +103,8 @@ class LearnConfig:
             value = getattr(self, name)
             _require(value is None or 0 <= value < 2**32, name, value, "a whole number from 0 to 2^32 - 1")
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "null or a positive number")
+        milestones = self.scheduler_milestones
+        _require(min(milestones, default=1) >= 1, "scheduler_milestones", milestones, "epochs from 1 on")
         decays = self.layer_decays
         _require(min(decays) >= 0, "weight_decay", self.weight_decay, "no negative number")
         layers = len(self.hidden_size) + 1
@@ -181,7 +183,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> LearnConfig:
             raise InputError(f"{source}: unknown setting {key!r}{hint}; config.py lists every setting")
         try:
             typed[key] = _coerce(value, types[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{source}: {key} is {value!r}; expected {_describe(types[key])}") from None
     return LearnConfig(**typed)
 
@@ -227,9 +229,9 @@ def _coerce(value: Any, wanted: Any) -> Any:
         raise ValueError
     if origin is tuple:
         if isinstance(value, str):
-            value = value.strip("()[] ").split(",")
+            value = value.strip("()[] ").removesuffix(",").split(",")
         items = list(value) if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(item, arguments[0]) for item in items if item != "")
+        return tuple(_coerce(item, arguments[0]) for item in items)
     if wanted is bool:
         named = {"true": True, "false": False}
         if str(value).lower() not in named:

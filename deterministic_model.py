@@ -34,5 +34,5 @@ class DeterministicModel(DynamicsModel):
 
     def forward(self, states: Array, actions: Array) -> Tensor:
         """Predicts the next state ``(..., state_dim)``, raw units."""
-        mean, _ = self.network.predict(self._tensor(states), self._tensor(actions))
+        mean, _ = self.network.predict(states, actions)
         return mean[0]

@@ -45,7 +45,7 @@ _ACTIVATIONS = {
     "elu": functional.elu,
     "tanh": torch.tanh,
 }
-_PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation")
+_PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")
 
 Array = np.ndarray | Tensor
 Disagreement = Literal["max_pairwise", "ensemble_std", "max_aleatoric", "total_std"]
@@ -61,7 +61,8 @@ def random_stream(seed: int, member: int, purpose: str, epoch: int = 0) -> torch
     Args:
         seed: Seed of the run.
         member: Index of the member.
-        purpose: ``initialisation``, ``order``, ``bootstrap``, ``sampling`` or ``propagation``.
+        purpose: ``initialisation``, ``reward`` (its initialisation), ``order``, ``bootstrap``, ``sampling`` or
+            ``propagation``.
         epoch: Epoch from 0, for purposes that draw once per epoch.
     """
     entropy = np.random.SeedSequence((seed, member, _PURPOSES.index(purpose), epoch))
@@ -245,6 +246,7 @@ class DynamicsNetwork(nn.Module):
         normalisation: Of the training rows; belongs to the model, so that callers use raw units.
         ensemble_size: Number of networks, E.
         generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
+        reward_generator: The same for the reward network, so that it is drawn apart from the kind's other weights.
     """
 
     heads: ClassVar[int]
@@ -255,6 +257,7 @@ class DynamicsNetwork(nn.Module):
         normalisation: Normalisation,
         ensemble_size: int = 1,
         generator: torch.Generator | None = None,
+        reward_generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -268,14 +271,14 @@ class DynamicsNetwork(nn.Module):
         output[normalisation.learned] = torch.arange(self.learned_dim)
         self.register_buffer("output_of_dim", output, persistent=False)
         in_dim = architecture.state_dim + architecture.action_dim
-        options = (architecture.activation_fn, architecture.layer_norm, generator)
+        activation = (architecture.activation_fn, architecture.layer_norm)
         self.dynamics = StackedMLP(
-            ensemble_size, in_dim, architecture.hidden_size, self.learned_dim, self.heads, *options
+            ensemble_size, in_dim, architecture.hidden_size, self.learned_dim, self.heads, *activation, generator
         )
         self.reward = None
-        if architecture.reward_hidden_size is not None:
+        if (hidden_size := architecture.reward_hidden_size) is not None:
             self.reward = StackedMLP(
-                ensemble_size, in_dim + self.learned_dim, architecture.reward_hidden_size, 1, 1, *options
+                ensemble_size, in_dim + self.learned_dim, hidden_size, 1, 1, *activation, reward_generator
             )
 
     @property
@@ -355,48 +358,77 @@ class DynamicsNetwork(nn.Module):
 
     # --- Raw units: what users call ---
 
-    def predict(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def as_rows(self, *parts: Array) -> list[Tensor]:
+        """Brings states, actions and, if given, next states to the device, and checks that their shapes fit together.
+
+        Args:
+            *parts: ``(..., state_dim)``, ``(..., action_dim)`` and ``(..., state_dim)``, NumPy or PyTorch.
+
+        Raises:
+            ValueError: If a last axis is not as long as it should be, or leading axes differ.
+        """
+        names = ("states", "actions", "next states")
+        dims = (self.architecture.state_dim, self.architecture.action_dim, self.architecture.state_dim)
+        rows = [_as_tensor(part, self.input_shift.device) for part in parts]
+        for name, part, dim in zip(names, rows, dims, strict=False):
+            if part.shape != (*rows[0].shape[:-1], dim):
+                expected = f"{tuple(rows[0].shape[:-1])} and a last axis of {dim}"
+                raise ValueError(f"{name} have shape {tuple(part.shape)}; expected leading axes {expected}")
+        return rows
+
+    def predict(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
         """Predicts the next state of the same rows with every member, raw units.
 
         Args:
-            states: ``(..., state_dim)``.
+            states: ``(..., state_dim)``, NumPy or PyTorch; moved to the device.
             actions: ``(..., action_dim)``.
 
         Returns:
             Mean and variance (None for point predictions), ``(ensemble, ..., state_dim)``.
+
+        Raises:
+            ValueError: If shapes do not fit.
         """
+        states, actions = self.as_rows(states, actions)
         leading = states.shape[:-1]
         states = states.reshape(1, -1, states.shape[-1]).expand(self.ensemble_size, -1, -1)
         actions = actions.reshape(1, -1, actions.shape[-1]).expand(self.ensemble_size, -1, -1)
-        mean, variance = self.predict_each(states, actions)
+        mean, variance = self._predict_each(states, actions)
         shape = (self.ensemble_size, *leading, mean.shape[-1])
         return mean.reshape(shape), None if variance is None else variance.reshape(shape)
 
-    def predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
         """Predicts with each member the next state of its own rows, raw units.
 
         Args:
-            states: ``(ensemble, batch, state_dim)``.
+            states: ``(ensemble, batch, state_dim)``, NumPy or PyTorch; moved to the device.
             actions: ``(ensemble, batch, action_dim)``.
 
         Returns:
             Mean and variance (None for point predictions), ``(ensemble, batch, state_dim)``.
+
+        Raises:
+            ValueError: If shapes do not fit.
         """
+        return self._predict_each(*self.as_rows(states, actions))
+
+    def _predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, log_variance = self.normalised(self.normalise_inputs(states, actions))
         mean = states + (self._every_dim(mean) * self.delta_scale + self.delta_shift)
         if log_variance is None:
             return mean, None
         variance = self._every_dim(log_variance).exp() * self.delta_scale.square()
-        return mean, variance.clamp_min(VARIANCE_FLOOR)
+        return mean, torch.where(self.delta_scale > 0, variance, VARIANCE_FLOOR)
 
-    def predict_reward(self, states: Tensor, actions: Tensor, next_states: Tensor) -> Tensor:
+    def predict_reward(self, states: Array, actions: Array, next_states: Array) -> Tensor:
         """Predicts the reward of transitions with every member, raw units: ``(ensemble, ...)``.
 
         Raises:
-            ValueError: If no reward was learned.
+            ValueError: If no reward was learned, or shapes do not fit.
         """
         if self.reward is None:
             raise ValueError("this model learned no reward; train one with --params learn_reward=true")
+        states, actions, next_states = self.as_rows(states, actions, next_states)
         change = (next_states - states - self.delta_shift)[..., self.learned] / self.delta_scale[self.learned]
         inputs = torch.cat((self.normalise_inputs(states, actions), change), dim=-1)
         flat = inputs.reshape(1, -1, inputs.shape[-1]).expand(self.ensemble_size, -1, -1)
@@ -421,6 +453,7 @@ class DynamicsModel(nn.Module):
         architecture: Sizes and options.
         normalisation: Of the training rows.
         generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
+        reward_generator: The same for the reward network.
 
     Attributes:
         holdout_idx: Held-out rows in the concatenation of ``observations[:-1]`` over trajectories, ``(rows,)`` of int;
@@ -434,9 +467,10 @@ class DynamicsModel(nn.Module):
         architecture: Architecture,
         normalisation: Normalisation,
         generator: torch.Generator | None = None,
+        reward_generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.network = self.network_class(architecture, normalisation, generator=generator)
+        self.network = self.network_class(architecture, normalisation, 1, generator, reward_generator)
 
     @property
     def nn(self) -> DynamicsModel:
@@ -464,7 +498,7 @@ class DynamicsModel(nn.Module):
     def predict(self, states: Array, actions: Array) -> np.ndarray:
         """Predicts the mean of the next state, raw units, without gradients: ``(..., state_dim)``."""
         with torch.no_grad():
-            mean, _ = self.network.predict(self._tensor(states), self._tensor(actions))
+            mean, _ = self.network.predict(states, actions)
         return mean[0].cpu().numpy()
 
     def predict_batched(self, states: Array, actions: Array, batch_size: int = 256) -> np.ndarray:
@@ -492,9 +526,10 @@ class DynamicsModel(nn.Module):
             next_states: ``(rows, state_dim)``, raw units: the truth.
             batch_size: Rows per forward pass.
         """
-        predicted = self.predict_batched(states, actions, batch_size)
-        error = predicted.astype(np.float64) - np.asarray(torch.as_tensor(next_states).cpu(), dtype=np.float64)
-        return float(np.mean(error**2))
+        predicted, truth = self.predict_batched(states, actions, batch_size), torch.as_tensor(next_states).cpu().numpy()
+        if truth.shape != predicted.shape:
+            raise ValueError(f"next states have shape {truth.shape}; expected {predicted.shape}")
+        return float(np.mean((predicted.astype(np.float64) - truth) ** 2))
 
     def predict_reward(self, states: Array, actions: Array, next_states: Array) -> np.ndarray:
         """Predicts the reward of transitions, raw units: ``(...)``.
@@ -503,13 +538,8 @@ class DynamicsModel(nn.Module):
             ValueError: If no reward was learned.
         """
         with torch.no_grad():
-            rewards = self.network.predict_reward(
-                self._tensor(states), self._tensor(actions), self._tensor(next_states)
-            )
+            rewards = self.network.predict_reward(states, actions, next_states)
         return rewards[0].cpu().numpy()
-
-    def _tensor(self, values: Array) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=self.network.input_shift.device)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {
@@ -630,11 +660,11 @@ class DynamicsEnsemble(nn.Module):
         Returns:
             Mean and variance (None for deterministic members), ``(ensemble, ..., state_dim)``.
         """
-        return self.network.predict(self._tensor(states), self._tensor(actions))
+        return self.network.predict(states, actions)
 
     def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
         """Predicts with each member the next state of its own rows, all ``(ensemble, batch, ...)``, raw units."""
-        return self.network.predict_each(self._tensor(states), self._tensor(actions))
+        return self.network.predict_each(states, actions)
 
     @torch.no_grad()
     def sample(self, states: Array, actions: Array) -> Tensor:
@@ -707,11 +737,13 @@ class DynamicsEnsemble(nn.Module):
         Raises:
             ValueError: If the propagation is unknown or shapes do not fit.
         """
-        states, actions = self._tensor(states), self._tensor(actions)
-        if states.ndim != 2 or actions.ndim != 3 or len(states) != len(actions):
+        device = self.network.input_shift.device
+        states, actions = _as_tensor(states, device), _as_tensor(actions, device)
+        fits = states.ndim == 2 and actions.ndim == 3 and len(states) == len(actions)
+        if not fits or (states.shape[-1], actions.shape[-1]) != (self.state_dim, self.action_dim):
             raise ValueError(
                 f"rollout got states {tuple(states.shape)} and actions {tuple(actions.shape)}; expected "
-                "(batch, state_dim) and (batch, horizon, action_dim)"
+                f"(batch, state_dim) and (batch, horizon, action_dim) with {self.state_dim} and {self.action_dim} dimensions"
             )
         if propagation == "member":
             states = states.expand(len(self), -1, -1)
@@ -731,23 +763,27 @@ class DynamicsEnsemble(nn.Module):
             trajectory.append(states)
         return torch.stack(trajectory, dim=-2)
 
-    def _deal(self, batch: int) -> Tensor:
-        """Deals rows to members evenly at random: ``(ensemble, ceil(batch / ensemble))`` row indices.
+    def _deal(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Deals rows to members at random and evenly: in number, no two members differ by more than one row.
 
-        Where the members do not divide the batch, the last places repeat rows dealt before, and ``_step_dealt`` keeps
-        one of the equals.
+        Returns:
+            The rows of each member, ``(ensemble, ceil(batch / ensemble))``, a member with fewer holding any row in its
+            spare place; and the place of each row in that table, flattened, ``(batch,)``.
         """
         rows = torch.randperm(batch, generator=self._propagation)
-        width = -(-batch // len(self))
-        return rows[torch.arange(len(self) * width) % max(batch, 1)].view(len(self), width).to(self.device)
+        members = torch.randperm(len(self), generator=self._propagation)  # who gets one more is random, too
+        width, turn = -(-batch // len(self)), torch.arange(batch)
+        place = torch.empty_like(rows)
+        place[rows] = members[turn % len(self)] * width + turn // len(self)
+        dealt = torch.zeros(len(self) * width, dtype=torch.long)
+        dealt[place] = torch.arange(batch)
+        return dealt.view(len(self), width).to(self.device), place.to(self.device)
 
-    def _step_dealt(self, states: Tensor, actions: Tensor, dealt: Tensor) -> Tensor:
+    def _step_dealt(self, states: Tensor, actions: Tensor, dealt: tuple[Tensor, Tensor]) -> Tensor:
         """Draws each row's next state from the member it was dealt to: ``(batch, state_dim)``."""
-        drawn = self._draw(*self.network.predict_each(states[dealt], actions[dealt]))
-        # Written back to front, so that a repeated row keeps the place it was dealt first.
-        following = torch.empty_like(states)
-        following[dealt.flatten().flip(0)] = drawn.flatten(0, 1).flip(0)
-        return following
+        rows, place = dealt
+        drawn = self._draw(*self.network.predict_each(states[rows], actions[rows]))
+        return drawn.flatten(0, 1)[place]
 
     def _draw(self, mean: Tensor, variance: Tensor | None) -> Tensor:
         """Draws from Gaussians ``(ensemble, ..., state_dim)``, each member's noise from its own stream."""
@@ -755,9 +791,6 @@ class DynamicsEnsemble(nn.Module):
             return mean
         noise = torch.stack([torch.randn(mean.shape[1:], generator=stream) for stream in self._sampling])
         return mean + variance.sqrt() * noise.to(mean.device)
-
-    def _tensor(self, values: Array) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=self.network.input_shift.device)
 
 
 # --- model.pkl ---
@@ -790,8 +823,11 @@ def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict
     content = Path(path).read_bytes()
     try:
         models, metadata = _ModelUnpickler(io.BytesIO(content)).load()
-        if not models or not all(isinstance(model, DynamicsModel) for model in models):
+        if not models or not all(isinstance(model, DynamicsModel) and hasattr(model, "network") for model in models):
             raise TypeError("it holds no members")
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"it has format version {metadata['format_version']}, expected {FORMAT_VERSION}")
+        random_stream(metadata["seed"], 0, "sampling")
         return list(models), dict(metadata)
     except Exception as error:  # a damaged or hostile pickle can raise anything
         raise ValueError(
@@ -812,6 +848,12 @@ def load_ensemble(path: str | os.PathLike[str], device: str = "cpu") -> Dynamics
     """
     models, metadata = load_models(path)
     return DynamicsEnsemble(models, seed=metadata["seed"]).to(device)
+
+
+def _as_tensor(values: Array, device: torch.device) -> Tensor:
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # PyTorch knows no read-only memory, and warns
+    return torch.as_tensor(values, dtype=torch.float32, device=device)
 
 
 def _pack(tensor: Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and where to read on, and exits with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help explains every flag\n")
+        self.exit(2, f"error: {' '.join(message.split())}; {self.prog} --help explains every flag\n")
 
 
 @contextlib.contextmanager

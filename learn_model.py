@@ -360,8 +360,16 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
     except ValueError as error:
         raise InputError(f"{error}; give a dataset in which states move") from None
     member_class = ProbabilisticModel if config.probabilistic else DeterministicModel
-    streams = [random_stream(config.seed, member, "initialisation") for member in range(config.ensemble_size)]
-    return DynamicsEnsemble([member_class(architecture, normalisation, stream) for stream in streams], config.seed)
+    members = [
+        member_class(
+            architecture,
+            normalisation,
+            random_stream(config.seed, member, "initialisation"),
+            random_stream(config.seed, member, "reward"),
+        )
+        for member in range(config.ensemble_size)
+    ]
+    return DynamicsEnsemble(members, config.seed)
 
 
 def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:

@@ -39,8 +39,9 @@ class ProbabilisticNetwork(DynamicsNetwork):
         normalisation: Normalisation,
         ensemble_size: int = 1,
         generator: torch.Generator | None = None,
+        reward_generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(architecture, normalisation, ensemble_size, generator)
+        super().__init__(architecture, normalisation, ensemble_size, generator, reward_generator)
         self.max_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MAX_LOGVAR))
         self.min_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MIN_LOGVAR))
 
@@ -76,5 +77,5 @@ class ProbabilisticModel(DynamicsModel):
 
     def forward(self, states: Array, actions: Array) -> tuple[Tensor, Tensor]:
         """Predicts mean and variance of the next state, both ``(..., state_dim)``, raw units (squared)."""
-        mean, variance = self.network.predict(self._tensor(states), self._tensor(actions))
+        mean, variance = self.network.predict(states, actions)
         return mean[0], variance[0]

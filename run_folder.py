@@ -122,7 +122,10 @@ class RunFolder:
         try:
             with atomic_write(self.path / "checkpoint") as file:
                 torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
+            # PyTorch's writer ends whatever interrupts it, a full disk or Ctrl-C, with a RuntimeError of its own.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             if not self._warned:
                 print(f"warning: no checkpoint could be written ({error}); training goes on", file=sys.stderr)
             self._warned = True

@@ -68,7 +68,8 @@ def random_member(unit_normalisation):
             reward_scale=[4.0],
         )
         options = {"hidden_size": (8, 6), "reward_hidden_size": (5,) if reward else None} | options
-        return kind(Architecture(3, 2, **options), normalisation, random_stream(seed, member, "initialisation"))
+        streams = (random_stream(seed, member, purpose) for purpose in ("initialisation", "reward"))
+        return kind(Architecture(3, 2, **options), normalisation, *streams)
 
     return build
 

@@ -331,3 +331,15 @@ def test_setting_is_read_by_the_program(name):
         assert name == "weight_decay"
         readers = [path.name for path in ROOT.glob("*.py") if "layer_decays" in read_attributes(path)]
     assert set(readers) - {"config.py"}
+
+
+def test_integer_too_large_for_a_float_is_an_input_error(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(InputError):
+        load_config(tmp_path / "empty.yaml", ["seed=" + "1" * 400])
+
+
+def test_list_with_a_hole_is_an_input_error(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(InputError):
+        load_config(tmp_path / "empty.yaml", ["hidden_size=256,,256"])

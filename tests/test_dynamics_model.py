@@ -1539,3 +1539,87 @@ def test_rollouts_keep_no_graph(member_class, ensemble_of):
         assert not ensemble.rollout(states, np.stack([actions] * 2, axis=1), propagation).requires_grad
     assert not ensemble.sample(states, actions).requires_grad
     assert not ensemble.disagreement(states, actions, "max_pairwise").requires_grad
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf"])
+@pytest.mark.parametrize(("batch", "size"), [(7, 3), (8, 3), (10, 7), (100, 7)])
+def test_members_are_dealt_evenly_where_they_do_not_divide_the_batch(counting_ensemble, propagation, batch, size):
+    made_by = roll(counting_ensemble(size), batch, 10, propagation)
+
+    for step in made_by.T:
+        counts = [(step == member + 1).sum().item() for member in range(size)]
+        assert sum(counts) == batch
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fewer_rows_than_members_are_dealt_to_all_members_in_turn(counting_ensemble, propagation, batch):
+    ensemble = counting_ensemble(5)
+    made_by = torch.stack([roll(ensemble, batch, 2, propagation) for _ in range(100)])
+
+    for row in range(batch):  # a member that one row never met by chance: 5 * 0.8^100 = 1e-9
+        assert set(made_by[:, row].flatten().tolist()) == {1.0, 2.0, 3.0, 4.0, 5.0}
+    if batch == 2:
+        assert (made_by[:, 0] != made_by[:, 1]).all(), "two rows are never dealt to one member of five"
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {"seed": "x"}, {"seed": -1}, {"seed": None}, {"seed": 0, "format_version": 99}], ids=str
+)
+def test_metadata_that_cannot_be_used_is_refused(random_member, tmp_path, metadata):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(([random_member(DeterministicModel)], {"format_version": 1} | metadata)))
+    with pytest.raises(ValueError, match=r"is not a model that learn_model\.py wrote"):
+        load_ensemble(path)
+
+
+def test_member_without_a_state_is_refused(tmp_path):
+    path = tmp_path / "model.pkl"
+    # NEWOBJ without BUILD: an instance whose __setstate__ is never called, in a list, with {"seed": 0}
+    named = b"\x8c\x13deterministic_model\x8c\x12DeterministicModel\x93"
+    path.write_bytes(b"\x80\x04]" + named + b")\x81a}\x8c\x04seedK\x00s\x86.")
+    with pytest.raises(ValueError, match=r"is not a model that learn_model\.py wrote"):
+        load_ensemble(path)
+
+
+def test_small_units_keep_their_variance(constant_member):
+    """A dimension in units a million times larger has a variance 10^12 times smaller, and the same relative one."""
+    member = constant_member(ProbabilisticModel, [0.0], [0.01], delta_scale=[1e-6])
+    _, variance = member(np.zeros(1), np.zeros(1))
+    assert variance.item() == pytest.approx(0.01 * 1e-12, rel=1e-4)
+    ensemble = DynamicsEnsemble([member])
+    measured = ensemble.disagreement(np.zeros((1, 1)), np.zeros((1, 1)), "max_aleatoric", normalised=True)
+    assert measured.item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_two_kinds_start_with_the_same_reward_network(random_member):
+    point, gaussian = (
+        random_member(kind, reward=True).network.reward for kind in (DeterministicModel, ProbabilisticModel)
+    )
+    assert point.weights[0].abs().max() > 0
+    assert torch.equal(point.weights[0], gaussian.weights[0])
+
+
+@pytest.mark.parametrize(("states", "actions"), [((4, 1), (4, 4)), ((4, 2), (4, 3)), ((4, 3), (4, 1)), ((4, 3), (2,))])
+def test_arrays_of_the_wrong_width_are_refused(member_class, random_member, states, actions):
+    with pytest.raises(ValueError):
+        random_member(member_class).predict(np.zeros(states), np.zeros(actions))
+
+
+@pytest.mark.parametrize("truth", [(3,), (1, 3), (4, 1)])
+def test_loss_against_a_truth_of_another_shape_is_refused(member_class, random_member, truth):
+    with pytest.raises(ValueError):
+        random_member(member_class).compute_loss_batched(np.zeros((4, 3)), np.zeros((4, 2)), np.zeros(truth))
+
+
+def test_rollout_with_actions_of_the_wrong_width_is_refused(counting_ensemble):
+    with pytest.raises(ValueError):
+        counting_ensemble().rollout(np.zeros((4, 2)), np.zeros((4, 5, 3)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_cannot_be_written_to_are_taken_without_a_warning(member_class, random_member):
+    states, actions = draw_rows(4)
+    states.flags.writeable = False
+    random_member(member_class).predict(states, actions)

@@ -81,3 +81,9 @@ def test_did_you_mean_is_silent_where_nothing_is_close():
 
 def test_did_you_mean_takes_any_iterable():
     assert did_you_mean("fit_l", {"fit_lr": 1}) == " (did you mean 'fit_lr'?)"
+
+
+def test_unknown_argument_with_a_line_break_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        CommandLine(prog="x").parse_args(["a\nb"])
+    assert capsys.readouterr().err.count("\n") == 1
