@@ -28,7 +28,9 @@ def build_optimizer(network: DynamicsNetwork, config: LearnConfig) -> torch.opti
     others = [parameter for parameter in network.parameters() if id(parameter) not in decayed]
     groups.append({"params": others, "weight_decay": 0.0})
     adam = torch.optim.AdamW if config.weight_decay_mode == "decoupled" else torch.optim.Adam
-    return adam(groups, lr=config.fit_lr, fused=True)
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    fused = network.input_shift.is_cuda or release >= (2, 4)  # older ones have it on CUDA only
+    return adam(groups, lr=config.fit_lr, fused=fused)
 
 
 def learning_rate(config: LearnConfig, epoch: float) -> float:
