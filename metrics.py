@@ -219,7 +219,7 @@ def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
         inside, outside = fold == current, fold != current
         total = count[..., outside, :].sum(axis=-2)
         fitted = np.sqrt(square[..., outside, :].sum(axis=-2) / np.where(total > 0, total, np.nan))
-        scale[..., inside, :] = fitted[..., None, :]
+        scale[..., inside, :] = np.maximum(fitted, np.finfo(np.float32).tiny)[..., None, :]  # errors of 0 stay harmless
     return scale
 
 

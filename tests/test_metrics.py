@@ -136,6 +136,11 @@ def test_a_scale_comes_from_the_other_folds_only():
     np.testing.assert_allclose(scale[:, 1], [np.nan, np.nan, np.sqrt(500)])  # the infinite error is no evidence
 
 
+def test_errors_of_zero_are_recalibrated_to_zero():
+    z = np.zeros((4, 1))
+    np.testing.assert_array_equal(z / metrics.cross_fitted_scale(z, np.array([0, 0, 1, 1])), z)
+
+
 def test_recalibration_restores_coverage_per_dimension_and_horizon(rng):
     factor = np.array([[0.5, 2.0], [3.0, 1.0]])[:, None, :]  # (horizons, rows, dimensions)
     z = factor * rng.normal(size=(2, 20_000, 2))
