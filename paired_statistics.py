@@ -100,7 +100,7 @@ def crossed_interval(
     """Estimates a mean over seeds, with seeds and trajectories as crossed random factors.
 
     Args:
-        by_seed: A statistic of all trajectories, one value per seed, ``(S,)``; the same for two arms' paired difference.
+        by_seed: A statistic of all trajectories, one value per seed, ``(S,)``; for two arms, their paired difference.
         replicates: The same under resampled trajectories, ``(B, S)``; in a replicate all seeds share the trajectories.
         trajectories: How many were resampled.
         seed: Of the resampling of seeds.

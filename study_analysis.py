@@ -329,7 +329,7 @@ def horizon_table(results: Results) -> pd.DataFrame:
 def reliability_table(results: Results) -> pd.DataFrame:
     """Promised and observed coverage, the mean over seeds."""
     table = _collect(results, "reliability")
-    return table.groupby(["arm", "dataset", "variant", "promised"], sort=False).observed.mean().reset_index()
+    return table.groupby(["arm", "dataset", "variant", "promised"], sort=False)["observed"].mean().reset_index()
 
 
 def _collect(results: Results, name: str) -> pd.DataFrame:

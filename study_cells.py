@@ -14,7 +14,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,27 +149,17 @@ def is_done(folder: Path, request: dict[str, Any]) -> bool:
 class _Recorder(NullTracker):
     """Keeps the rows of training."""
 
-    def __init__(self, on_epoch: Callable[[], None] | None) -> None:
+    def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._on_epoch = on_epoch
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
         """Takes the numbers of one epoch."""
         self.rows += rows
-        if self._on_epoch is not None:
-            self._on_epoch()
 
 
-def run_cell(cell: Cell, dataset: Dataset, on_epoch: Callable[[], None] | None = None) -> Result:
-    """Trains and evaluates one cell; a training that diverges is a result, too.
-
-    Args:
-        cell: What to do.
-        dataset: The dataset that it names.
-        on_epoch: Called after every epoch.
-    """
-    start = time.monotonic()
-    recorder = _Recorder(on_epoch)
+def run_cell(cell: Cell, dataset: Dataset) -> Result:
+    """Trains and evaluates one cell on the dataset that it names; a training that diverges is a result, too."""
+    start, recorder = time.monotonic(), _Recorder()
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
     try:
