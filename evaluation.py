@@ -138,7 +138,7 @@ def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
         "r2": one_step.r2["ensemble"],
         "nrmse_member_median": members.rmse.median(),
         "nrmse_member_worst": members.rmse.max(),
-        "nrmse_linear": one_step.rmse["linear"],
+        "nrmse_linear": one_step.rmse.get("linear", np.nan),
         "nrmse_no_change": one_step.rmse["no_change"],
     }
     for prediction, row in likelihood.iterrows():
@@ -225,10 +225,10 @@ class Calibrated:
         return (self.change - self.mean) / np.sqrt(variance)
 
 
-def linear_baseline(rows: Rows, scale: Scale, fold: np.ndarray, training: Transitions | None) -> np.ndarray:
+def linear_baseline(rows: Rows, scale: Scale, fold: np.ndarray, training: Transitions | None) -> np.ndarray | None:
     """Predicts the change by least squares on states, actions and a constant: ``(N, L)``, normalised units.
 
-    Fitted on the training rows; without them, for each fold on the others (nan if there are none).
+    Fitted on the training rows; without them, for each fold on the others; None if there are no others.
     """
 
     def design(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -240,25 +240,30 @@ def linear_baseline(rows: Rows, scale: Scale, fold: np.ndarray, training: Transi
     inputs = design(rows.states, rows.actions)
     if training is not None:
         return inputs @ np.linalg.lstsq(design(training.states, training.actions), change(training), rcond=None)[0]
-    predicted, truth = np.full((len(rows), len(scale.learned)), np.nan), change(rows)
+    if len(np.unique(fold)) < 2:
+        return None
+    predicted, truth = np.empty((len(rows), len(scale.learned))), change(rows)
     for current in np.unique(fold):
         inside, outside = fold == current, fold != current
-        if outside.any():
-            predicted[inside] = inputs[inside] @ np.linalg.lstsq(inputs[outside], truth[outside], rcond=None)[0]
+        predicted[inside] = inputs[inside] @ np.linalg.lstsq(inputs[outside], truth[outside], rcond=None)[0]
     return predicted
 
 
 # --- One step ---
 
 
-def one_step_table(one_step: OneStep, linear: np.ndarray, elites: Sequence[int] | None, scale: Scale) -> pd.DataFrame:
+def one_step_table(
+    one_step: OneStep, linear: np.ndarray | None, elites: Sequence[int] | None, scale: Scale
+) -> pd.DataFrame:
     """Root mean squared errors and R^2 of the ensemble's mean, its members and the baselines."""
     members = one_step.errors
     errors = {"ensemble": members.mean(axis=0)}
     if elites is not None and len(elites) < len(members):
         errors["elites"] = members[list(elites)].mean(axis=0)
     errors |= {f"member_{index}": error for index, error in enumerate(members)}
-    errors |= {"linear": linear - one_step.change, "no_change": -one_step.change}
+    if linear is not None:
+        errors["linear"] = linear - one_step.change
+    errors["no_change"] = -one_step.change
     return _joined(
         pd.DataFrame(
             {

@@ -90,7 +90,8 @@ def draw_one_step(table: pd.DataFrame) -> Figure:
     position = np.arange(len(errors))
     axes.vlines(position, members.min(axis=1), members.max(axis=1), color=SKY, lw=5, alpha=0.6, label="single members")
     axes.plot(position, errors["ensemble"], "o", ms=4, color=BLUE, label="ensemble mean")
-    axes.plot(position, errors["linear"], "x", ms=5, color=PURPLE, label="linear regression")
+    if "linear" in errors:
+        axes.plot(position, errors["linear"], "x", ms=5, color=PURPLE, label="linear regression")
     axes.plot(position, errors["no_change"], "_", ms=9, mew=2, color=DARK, label="no change")
     axes.set_yscale("log")
     _name_dimensions(axes, list(errors.index))
