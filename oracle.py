@@ -34,6 +34,11 @@ class Simulator:
     Args:
         env_name: The environment's registered Gymnasium name.
 
+    Attributes:
+        low: Smallest action, ``(action_dim,)``.
+        high: Largest action, ``(action_dim,)``.
+        sizes: Numbers of positions, velocities, action dimensions and state dimensions.
+
     Raises:
         InputError: If there is no such environment here, or it is not MuJoCo.
     """
@@ -52,6 +57,7 @@ class Simulator:
         env.reset(seed=0)
         self._env = env.unwrapped  # without the time limit
         self.low, self.high = env.action_space.low, env.action_space.high
+        self.sizes = (self._env.model.nq, self._env.model.nv, *env.action_space.shape, *env.observation_space.shape)
 
     def step(self, recorded: RecordedStates, executed: np.ndarray) -> np.ndarray:
         """Makes one step from each recorded state with the actions ``(N, action_dim)``: next states ``(N, D)``."""
@@ -76,6 +82,11 @@ class RecordedStates:
     next_states: np.ndarray
     qpos: np.ndarray
     qvel: np.ndarray
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of positions, velocities, action dimensions and state dimensions."""
+        return tuple(part.shape[1] for part in (self.qpos, self.qvel, self.actions, self.states))
 
     @classmethod
     def spread_over(cls, dataset: Dataset, indices: np.ndarray) -> RecordedStates:
@@ -133,17 +144,16 @@ def prepare_oracle(dataset: Dataset, indices: np.ndarray, scale: Scale, process_
     recorded = RecordedStates.spread_over(dataset, indices)
     simulator = Simulator(dataset.env_name)
     drawn = None
-    try:
-        if process_noise:
-            random = np.random.default_rng(seed)
-            executed = (simulator.add_noise(recorded.actions, process_noise, random) for _ in range(DRAWS))
-            drawn = np.stack([simulator.step(recorded, actions) for actions in executed])
-            complaint = _improbable(recorded.next_states, drawn, scale)
-        else:
-            complaint = _mismatch(recorded.next_states, simulator.step(recorded, recorded.actions), scale)
-    except ValueError as error:  # states of another shape
-        complaint = str(error)
-    if complaint:
+    if simulator.sizes != recorded.sizes:
+        complaint = f"sizes of (qpos, qvel, action, state) are {recorded.sizes}, expected {simulator.sizes}"
+    elif process_noise:
+        random = np.random.default_rng(seed)
+        executed = (simulator.add_noise(recorded.actions, process_noise, random) for _ in range(DRAWS))
+        drawn = np.stack([simulator.step(recorded, actions) for actions in executed])
+        complaint = _improbable(recorded.next_states, drawn, scale)
+    else:
+        complaint = _mismatch(recorded.next_states, simulator.step(recorded, recorded.actions), scale)
+    if complaint is not None:
         raise InputError(
             f"--oracle: {dataset.env_name}, set to recorded states of {dataset.name}, does not reproduce its "
             f"transitions: {complaint}; install the version of MuJoCo that made them, or leave it out"
