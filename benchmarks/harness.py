@@ -208,9 +208,21 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
 
 
+def sections(tables: dict[str, str]) -> str:
+    """Returns titled tables, the first in sight and the others folded away."""
+    first, *others = tables.items()
+    folded = [f"<details><summary>{title}</summary>\n\n{table}\n\n</details>" for title, table in others]
+    return "\n\n".join([f"**{first[0]}**\n\n{first[1]}", *folded])
+
+
 def spread(summary: pd.Series, form: str = ".3g") -> str:
     """Returns the median, and low and high in brackets, of a row of ``compare``."""
     return f"{summary['median']:{form}} ({summary['low']:{form}}–{summary['high']:{form}})"  # noqa: RUF001 - a range
+
+
+def count(number: int, noun: str) -> str:
+    """Returns ``1 thread``, ``2 threads``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def new_figure(columns: int, lines: int = 1) -> Figure:

@@ -104,6 +104,10 @@ class Case:
         return build_ensemble(self.config, self.transitions)
 
 
+class EnoughRounds(Exception):  # noqa: N818 - no error
+    """Ends a training of which enough has been seen."""
+
+
 class Pace:
     """Lets an arm run round by round: it calls ``tick`` before its steps, which waits where a round has ended.
 
@@ -271,7 +275,7 @@ def products(case: Case, pace: Pace) -> None:
 def floor(case: Case, pace: Pace) -> None:
     """What no step can beat: its FLOPs at the speed of a large product, and Adam's traffic at the speed of a copy.
 
-    The product is that of the faster of PyTorch's two libraries, MKL and oneDNN, which differ twofold on some processors.
+    The product is that of the faster of PyTorch's two libraries, MKL and oneDNN, which may differ twofold.
     Adam has to read parameters, gradients and two moments and to write all but the gradients. The copy is of as much
     memory as these take, so that it profits from caches as the optimiser may.
     """

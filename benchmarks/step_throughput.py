@@ -139,24 +139,18 @@ def tables(summary: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Returns a table for each environment's sizes and number of threads, the first one in sight."""
     median = rows[rows["arm"] == "floor"].groupby("threads")[["gflops_per_s", "gbytes_per_s"]].median()
     speeds = "; ".join(
-        f"with {threads} thread{'s' * (threads > 1)} {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
+        f"with {harness.count(threads, 'thread')} {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
         f"{row.gbytes_per_s:.0f} GB/s in copies"
         for threads, row in median.iterrows()
     )
-    text = [
+    groups = summary.reset_index().groupby(["size", "threads"])
+    groups = sorted(groups, key=lambda group: (group[0][0] != "hopper", -group[0][1]))  # what the README quotes first
+    titled = {f"{size}, {harness.count(threads, 'thread')}": case_table(group) for (size, threads), group in groups}
+    return (
         "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by "
         "ours in the same round. `products`: the step's matrix products alone. Floor: FLOPs and optimiser traffic at "
-        f"the speeds measured in the same rounds ({speeds})."
-    ]
-    groups = summary.reset_index().groupby(["size", "threads"])
-    headline_first = sorted(groups, key=lambda group: (group[0][0] != "hopper", -group[0][1]))
-    for index, ((size, threads), group) in enumerate(headline_first):
-        title = f"{size}, {threads} thread{'s' * (threads > 1)}"
-        table = case_table(group)
-        text.append(
-            f"**{title}**\n\n{table}" if index == 0 else f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
-        )
-    return "\n\n".join(text)
+        f"the speeds measured in the same rounds ({speeds}).\n\n{harness.sections(titled)}"
+    )
 
 
 def case_table(group: pd.DataFrame) -> str:
