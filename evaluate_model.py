@@ -28,7 +28,6 @@ from utils import atomic_write, git_commit
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     import numpy as np
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from dataset import Dataset, Transitions
     from dynamics_model import DynamicsEnsemble
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         ood_rows = {other.name: unseen_rows(model, other, args.seed) for other in datasets[1:]}
         training = find_training_rows(model, dataset, args.quiet)
         check_enough(model, selection, training)
-        folder = args.output or REPORTS / slug(f"{model.name}-on-{dataset.name}")
+        folder = args.output or REPORTS / f"{slug(model.name)}-on-{slug(dataset.name)}"
         check_folder(folder)
         oracle = find_oracle(model, dataset, selection, args.seed) if args.oracle else None
 
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     tables, summary = measure(model, dataset, selection, training, ood_rows, oracle, args)
     if len(models) * len(datasets) > 1:
         tables["cross_dataset"] = cross_dataset_table(models, datasets, args.seed)
-    figures = draw_figures(tables, args.horizons)
+    figures = draw_figures(tables)
     page = html_report(facts, summary, tables, figures, args.horizons)
     try:
         files = write_results(folder, facts | {"metrics": summary}, tables, figures, page)
@@ -441,6 +440,7 @@ def describe(
         "kind": model.metadata["kind"],
         "members": len(model.ensemble),
         "trained_on": model.metadata["dataset"]["name"],
+        "title": f"{model.name} on {slug(dataset.name)}",
         "dataset": dataset.name,
         "environment": dataset.env_name,
         "sha256": dataset.sha256,
@@ -475,7 +475,7 @@ def write_results(
     folder: Path,
     facts: dict[str, Any],
     tables: dict[str, pd.DataFrame],
-    figures: dict[str, Figure],
+    figures: dict[str, bytes],
     page: str,
 ) -> list[Path]:
     """Writes the report, its tables and its figures; those of an earlier report are removed.
@@ -488,8 +488,8 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+    for name, image in figures.items():
+        (folder / f"{name}.png").write_bytes(image)
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
     names = ["report.html", *(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures), "metrics.json"]

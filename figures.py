@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito (2008); where lines could still be mixed up, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
 
 import matplotlib
 import numpy as np
@@ -40,12 +40,11 @@ STYLE = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "figure.constrained_layout.use": True,
-    "svg.hashsalt": "evaluation",  # the same figure is the same file
 }
 
 
-def draw_figures(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) -> dict[str, Figure]:
-    """Draws every figure that the tables of ``evaluation.evaluate`` have numbers for, by name."""
+def draw_figures(tables: dict[str, pd.DataFrame]) -> dict[str, bytes]:
+    """Draws every figure that the tables of an evaluation have numbers for: PNG files by name."""
     with matplotlib.rc_context(STYLE):
         figures = {
             "one_step": draw_one_step(tables["one_step"]),
@@ -68,7 +67,13 @@ def draw_figures(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) -> di
             figures["oracle_noise"] = draw_oracle_noise(tables["oracle_noise"])
         if "cross_dataset" in tables:
             figures["cross_dataset"] = draw_cross_dataset(tables["cross_dataset"])
-    return figures
+        return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=200, metadata={"Software": None})  # the same figure is the same file
+    return image.getvalue()
 
 
 def _panel(title: str, xlabel: str, ylabel: str, height: float = 3.5) -> tuple[Figure, Axes]:

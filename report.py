@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-from figures import STYLE
 
 # --- What the page says ---
 
@@ -204,7 +200,7 @@ def html_report(
     facts: dict[str, Any],
     summary: dict[str, float],
     tables: dict[str, pd.DataFrame],
-    figures: dict[str, Figure],
+    figures: dict[str, bytes],
     horizons: Sequence[int],
 ) -> str:
     """Returns the page of an evaluation.
@@ -213,7 +209,7 @@ def html_report(
         facts: What was evaluated on what, as ``evaluate_model.describe`` says it.
         summary: Headline numbers, as ``evaluation.summarise`` gives them.
         tables: Of ``evaluation.evaluate``.
-        figures: Of ``figures.draw_figures``.
+        figures: PNG files by name, of ``figures.draw_figures``.
         horizons: Steps that tables of rollouts show.
     """
     settings = pd.DataFrame({"setting": list(facts["config"]), "value": [str(v) for v in facts["config"].values()]})
@@ -222,17 +218,17 @@ def html_report(
         *measured_sections(tables, horizons),
         Section("How it was made", f"{facts['command']}. {origin}", [], {}, {"Configuration of the model": settings}),
     ]
-    title = f"{facts['model']} on {facts['dataset']}"
+    title = html.escape(facts["title"])
     lead = (
-        f"{facts['members']} {facts['kind']} members, trained on {facts['trained_on']}, evaluated on {facts['rows']:,} "
-        f"transitions of {facts['trajectories']} trajectories."
+        f"{facts['members']} {facts['kind']} members, trained on {facts['trained_on']}; evaluated on {facts['rows']:,} "
+        f"transitions of {facts['trajectories']} trajectories of {facts['dataset']}."
     )
-    page = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+    page = [f"<h1>{title}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
     page += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
     page.append(f'<div class="cards">{"".join(_card(*card) for card in headline_cards(summary, horizons))}</div>')
     page.append(f'<p class="units">{html.escape(UNITS)}</p>')
     page += [_section(section, figures) for section in sections]
-    return PAGE.format(title=html.escape(title), style=CSS, body="\n".join(page))
+    return PAGE.format(title=title, style=CSS, body="\n".join(page))
 
 
 def _card(name: str, value: str, reading: str) -> str:
@@ -240,12 +236,12 @@ def _card(name: str, value: str, reading: str) -> str:
     return f'<div class="card"><div>{name}</div><strong>{value}</strong><small>{reading}</small></div>'
 
 
-def _section(section: Section, figures: dict[str, Figure]) -> str:
+def _section(section: Section, figures: dict[str, bytes]) -> str:
     parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
     if section.text:
         parts.append(f"<p>{html.escape(section.text)}</p>")
     if section.figures:
-        drawn = "".join(_embedded(figures[name], CAPTIONS[name]) for name in section.figures)
+        drawn = "".join(_embedded(name, figures[name]) for name in section.figures)
         parts.append(f'<div class="figures">{drawn}</div>')
     for title, table in section.tables.items():
         parts.append(f"<h3>{html.escape(title)}</h3>{html_table(table)}")
@@ -254,16 +250,12 @@ def _section(section: Section, figures: dict[str, Figure]) -> str:
     return "".join([*parts, "</section>"])
 
 
-def _embedded(figure: Figure, caption: str) -> str:
+def _embedded(name: str, image: bytes) -> str:
     """Returns a figure as an image that is part of the page, with its caption."""
-    image = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    data = base64.b64encode(image.getvalue()).decode()
-    title = html.escape(figure.axes[0].get_title(loc="left"))
+    data = base64.b64encode(image).decode()
     return (
-        f'<figure><img alt="{title}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
     )
 
 
@@ -285,7 +277,7 @@ def format_cell(value: object) -> str:
         return value
     if value is None or pd.isna(value):
         return "-"
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, Integral) or 1000 <= abs(value) < 1e6:
         return f"{value:,.0f}"
@@ -365,6 +357,8 @@ def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
     Returns:
         ``figure_png``, now written.
     """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
     table = pd.read_csv(metrics_csv)
     names = [name for name in _LABELS if name in table and table[name].notna().any()]
     columns = min(3, len(names))
