@@ -77,9 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         number = len(arms) * len(datasets) * args.seeds
 
     print_plan(arms, args, len(trials), number, done)
-    record = read_record(args.output)
-    tracker = open_tracker(args, arms, record)
-    write_record(args.output, record | {"mlflow_run_id": tracker.run_id, "command": shlex.join(sys.argv)})
+    tracker = open_study(args, arms)
     progress = Progress(len(trials) + number, args.quiet)
     try:
         run_cells(trials, datasets, args.output, engine, tracker, progress)
@@ -168,10 +166,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads",
         type=int,
-        default=2,
+        default=1,
         metavar="N",
-        help="threads of every cell; the same on every machine, as results may depend on them in their last bits "
-        "(default: 2)",
+        help="threads of every cell, part of what decides its last bits; more cores are better used by giving the "
+        "command more than once, or by Ray (default: 1)",
     )
     parser.add_argument(
         "--analyse_only", action="store_true", help="train nothing; write the report of the cells that are there"
@@ -220,7 +218,8 @@ def check_output(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {str(folder)!r} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "study.json").exists():
+    others = [path for path in folder.glob("*") if path.name[0] != "."] if folder.exists() else []
+    if others and not (folder / "study.json").exists():
         raise InputError(f"--output {str(folder)!r} holds other files than a study; give a new or empty folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -357,23 +356,25 @@ def run_locally(cells: list[Cell], datasets: Datasets, output: Path) -> Iterator
 
     from study_cells import run_cell
 
-    locks = output / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
     for waits in (False, True):
         held = []
         for cell in cells:
-            lock = FileLock(locks / f"{cell.name.replace('/', '.')}.lock")
             try:
-                lock.acquire(blocking=waits)
+                with FileLock(lock_path(output, cell.name), timeout=-1 if waits else 0):
+                    if not (output / cell.name).exists():
+                        run_cell(cell, datasets[cell.dataset]).write(output / cell.name)
             except Timeout:
                 held.append(cell)
                 continue
-            with lock:
-                if not (output / cell.name).exists():
-                    run_cell(cell, datasets[cell.dataset]).write(output / cell.name)
-                lock.release()
             yield cell
         cells = held
+
+
+def lock_path(output: Path, name: str) -> Path:
+    """Returns the file by which processes that share a study's folder agree who does what; released when one dies."""
+    locks = output / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{name.replace('/', '.')}.lock"
 
 
 def connect_ray(args: argparse.Namespace) -> Engine:
@@ -482,16 +483,20 @@ def choose_rates(trials: list[Cell], output: Path) -> pd.DataFrame:
 # --- What is written and said ---
 
 
-def read_record(output: Path) -> dict[str, Any]:
-    """Returns what ``study.json`` says of the study so far."""
-    path = output / "study.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"mlflow_run_id": None}
+def open_study(args: argparse.Namespace, arms: Arms) -> StudyTracker:
+    """Makes the study's folder, known by its ``study.json``, and its run in MLflow; or goes on with both."""
+    from filelock import FileLock
 
+    from study_tracking import StudyTracker
 
-def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Writes ``study.json``, by which the folder is known as a study's."""
-    with atomic_write(output / "study.json", "w") as file:
-        json.dump(record, file, indent=2)
+    path = args.output / "study.json"
+    with FileLock(lock_path(args.output, "study")):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
+        tracker = StudyTracker(args.output.name, record.get("mlflow_run_id"), params)
+        with atomic_write(path, "w") as file:
+            json.dump({"command": shlex.join(["python", *sys.argv]), "mlflow_run_id": tracker.run_id}, file, indent=2)
+    return tracker
 
 
 def save_table(table: pd.DataFrame, path: Path) -> Path:
@@ -499,14 +504,6 @@ def save_table(table: pd.DataFrame, path: Path) -> Path:
     with atomic_write(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.6g")
     return path
-
-
-def open_tracker(args: argparse.Namespace, arms: Arms, record: dict[str, Any]) -> StudyTracker:
-    """Opens the study's run in MLflow, or goes on with it."""
-    from study_tracking import StudyTracker
-
-    params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
-    return StudyTracker(args.output.name, record["mlflow_run_id"], params | {"split_seed": args.split_seed})
 
 
 def differences(arms: Arms) -> dict[str, dict[str, Any]]:

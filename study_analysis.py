@@ -252,7 +252,7 @@ def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
         }
         for dataset, ratio in ratios.items()
     ]
-    if len(records) > 1:
+    if records:
         pairs_of_all = sum(record["pairs"] for record in records)
         pooled = _exponentials(pool(list(estimates.values())), "ratio")
         records.append({"dataset": POOLED, "pairs": pairs_of_all, **pooled})
@@ -270,7 +270,7 @@ def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
         if len(seeds) > 1:
             logs[dataset] = np.array([[side.by_seed[seed] for seed in seeds] for side in (arm, reference)])[:, None]
     groups = dict(logs)
-    if len({values.shape for values in logs.values()}) == 1 and len(logs) > 1:
+    if len({values.shape for values in logs.values()}) == 1:
         groups[POOLED] = np.concatenate(list(logs.values()), axis=1)
     records = []
     for dataset, (first, second) in groups.items():

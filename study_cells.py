@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from config import LearnConfig
 from dataset import Dataset, gather_transitions, split_trajectories
@@ -56,7 +57,7 @@ class Cell:
         config: Settings, seed and learning rate included; its ``split_seed`` is the study's.
         is_trial: Whether the cell serves the choice of a learning rate only: trained, but never tested.
         device: Where to compute.
-        threads: Of PyTorch, as sums may depend on it in their last bits.
+        threads: To compute with: sums may depend on their number in the last bits.
     """
 
     arm: str
@@ -163,7 +164,8 @@ def run_cell(cell: Cell, dataset: Dataset) -> Result:
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
     try:
-        tables, outcome = _train_and_evaluate(cell, dataset, recorder)
+        with threadpool_limits(cell.threads, user_api="blas"):
+            tables, outcome = _train_and_evaluate(cell, dataset, recorder)
     except FloatingPointError as error:
         tables, outcome = {}, {"failure": str(error), "val_mse": None, "metrics": {}}
     finally:

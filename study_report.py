@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from figures import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
-from report import CSS, PAGE, Section, _embedded, format_cell, html_table
-from study_analysis import PRIMARY, Tables
+from report import CSS, PAGE, Section, format_cell, html_table
+from study_analysis import POOLED, PRIMARY, Tables
 from utils import atomic_write
 
 LABELS = {
@@ -32,8 +35,8 @@ CAPTIONS = {
     "smallest and the largest seed. The vertical line is the horizon of the primary metric.",
     "calibration": "How often the truth falls in the central interval that promises to hold it. Below the dotted line "
     "intervals are too narrow; solid as predicted, dashed after cross-fitted recalibration.",
-    "stability": "One point per seed, so that the height of a column is the spread over seeds; the bar is the geometric "
-    "mean. A cross at the top is a training that failed.",
+    "stability": "One point per seed, so that the height of a column is the spread over seeds; the bar is the "
+    "geometric mean. A cross at the top is a training that failed.",
 }
 LIMITS = (
     "Datasets are fixed effects: each has its own interval, and a mean over them claims nothing beyond them.",
@@ -46,9 +49,14 @@ LIMITS = (
     "A training that failed counts as the worst in the probability of improvement and the interquartile mean, has its "
     "column in the table of stability, and has no ratio.",
 )
+ANSWERS_INTRO = (
+    "Ratios of paired errors over all datasets with 95 % intervals, below 1 where the first is better; and the number "
+    "of datasets on which the difference is clear (Holm-adjusted p < 0.05)."
+)
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 _MARKERS = "osD^vP"
 _ALPHA = 0.05
+_LEAST_SPAN = 1.5  # of the axis of a figure about spread
 
 
 def write_report(folder: Path, facts: dict[str, Any], tables: Tables) -> list[Path]:
@@ -62,38 +70,30 @@ def write_report(folder: Path, facts: dict[str, Any], tables: Tables) -> list[Pa
     Returns:
         The files.
     """
-    with matplotlib.rc_context(STYLE):
-        figures = draw_figures(tables)
-        pngs = {name: folder / f"{name}.png" for name in figures}
-        for name, figure in figures.items():
-            with atomic_write(pngs[name]) as file:
-                figure.savefig(file, format="png", dpi=150)
-    sections = build_sections(facts, tables)
-    pages = {
-        "report.md": markdown_page(facts, tables, sections),
-        "report.html": html_page(facts, tables, sections, figures),
-    }
-    for name, page in pages.items():
-        with atomic_write(folder / name, "w") as file:
-            file.write(page)
-    return [*pngs.values(), *(folder / name for name in pages)]
+    figures, sections = draw_figures(tables), build_sections(facts, tables)
+    files = {f"{name}.png": image for name, image in figures.items()}
+    files["report.md"] = markdown_page(facts, tables, sections).encode()
+    files["report.html"] = html_page(facts, tables, sections, figures).encode()
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
+    return [folder / name for name in files]
 
 
 # --- What it says ---
 
 
 def answers(paired: pd.DataFrame) -> list[str]:
-    """Returns one sentence per primary metric and pair of arms."""
+    """Returns one sentence per primary metric, on every pair of arms."""
     sentences = []
-    for (metric, arm, reference), rows in paired.groupby(["metric", "arm", "reference"], sort=False):
-        summary = rows.iloc[-1]  # the mean over datasets, where there are several
-        tested = rows[rows.p_holm < _ALPHA]
-        datasets = rows.p_value.notna().sum()
-        sentences.append(
-            f"{LABELS[metric]}: {arm} has {summary.ratio:.3g} times [{summary.low:.3g}, {summary.high:.3g}] that of "
-            f"{reference} ({summary.dataset}); lower on {(tested.ratio < 1).sum()} and higher on "
-            f"{(tested.ratio > 1).sum()} of {datasets} datasets (Holm-adjusted p < {_ALPHA})."
-        )
+    for metric, of_metric in paired.groupby("metric", sort=False):
+        parts = []
+        for (arm, reference), rows in of_metric.groupby(["arm", "reference"], sort=False):
+            is_clear = rows.p_holm < _ALPHA
+            lower, higher = (is_clear & (rows.ratio < 1)).sum(), (is_clear & (rows.ratio > 1)).sum()
+            summary = interval_text(rows.iloc[-1].drop("p_holm"), "ratio")  # the mean over datasets is the last line
+            parts.append(f"{arm} / {reference} {summary}, lower on {lower} and higher on {higher} of {len(rows) - 1}")
+        sentences.append(f"{LABELS[metric]}: {'; '.join(parts)}.")
     return sentences
 
 
@@ -170,14 +170,22 @@ def interval_text(row: pd.Series, name: str) -> str:
 # --- Figures ---
 
 
-def draw_figures(tables: Tables) -> dict[str, Figure]:
-    """Draws every figure, by name."""
-    return {
-        "ratios": draw_ratios(tables["paired"]),
-        "horizon": draw_horizon(tables["horizon"], tables["paired"]),
-        "calibration": draw_calibration(tables["reliability"]),
-        "stability": draw_stability(tables["cells"]),
-    }
+def draw_figures(tables: Tables) -> dict[str, bytes]:
+    """Draws every figure, by name, as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "ratios": draw_ratios(tables["paired"]),
+            "horizon": draw_horizon(tables["horizon"], tables["paired"]),
+            "calibration": draw_calibration(tables["reliability"]),
+            "stability": draw_stability(tables["cells"]),
+        }
+        return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
 
 
 def draw_ratios(paired: pd.DataFrame) -> Figure:
@@ -192,7 +200,7 @@ def draw_ratios(paired: pd.DataFrame) -> Figure:
             height = rows.dataset.map(datasets.index) + 0.2 * (place - (len(pairs) - 1) / 2)
             colour = _COLOURS[place % len(_COLOURS)]
             axes.hlines(height, rows.low, rows.high, color=colour, lw=1.4)
-            pooled = rows.p_value.isna() & (len(datasets) > 1)
+            pooled = rows.dataset == POOLED
             axes.plot(rows.ratio[~pooled], height[~pooled], "o", color=colour, ms=4, label=f"{arm} / {reference}")
             axes.plot(rows.ratio[pooled], height[pooled], "D", color=colour, ms=6)
         axes.set(title=LABELS[metric], xlabel="ratio (log axis)", xscale="log")
@@ -220,6 +228,7 @@ def draw_horizon(table: pd.DataFrame, paired: pd.DataFrame) -> Figure:
         axes.set(title=dataset, xlabel="steps", xscale="log", yscale="log")
         axes.set_ylim(top=min(axes.get_ylim()[1], 30 * still.error.max()))  # what has exploded runs out of the picture
         _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
     panels[0].set_ylabel("error (median over starts)")
     _share_legend(figure, panels[0])
     return figure
@@ -263,6 +272,9 @@ def draw_stability(cells: pd.DataFrame) -> Figure:
                 axes.hlines(np.exp(np.log(errors[~failed]).mean()), place - 0.3, place + 0.3, color=colour, lw=1.4)
         axes.set(title=dataset, yscale="log", xlim=(-0.6, len(arms) - 0.4))
         axes.set_xticks(range(len(arms)), arms)
+        low, high = axes.get_ylim()
+        widening = max(1, np.sqrt(_LEAST_SPAN * low / high))  # so that what is close looks close
+        axes.set_ylim(low / widening, high * widening)
         _plain_ticks(axes.yaxis)
     panels[0].set_ylabel("one-step nRMSE (log axis)")
     return figure
@@ -273,16 +285,14 @@ def _panels(count: int, height: float = 3.2, sharey: bool = False) -> tuple[Figu
     return figure, figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
 
 
-def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
-    """Labels a log axis with plain numbers; also between powers of ten where it spans only a few."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _plain_ticks(axis: Axis) -> None:
+    """Labels a log axis with plain numbers, evenly spaced ones where it spans no power of ten."""
     low, high = axis.get_view_interval()
-    spans_little = high < 12 * low
-    axis.set_minor_formatter(FuncFormatter(_minor_label) if spans_little else NullFormatter())
-
-
-def _minor_label(value: float, _: int) -> str:
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+    axis.set_minor_formatter(NullFormatter())
+    if high < 10 * low:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _share_legend(figure: Figure, axes: Axes) -> None:
@@ -295,7 +305,12 @@ def _share_legend(figure: Figure, axes: Axes) -> None:
 
 def markdown_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Section]) -> str:
     """Returns the report as Markdown; tables that HTML folds away are in the CSV files only."""
-    parts = [f"# {facts['title']}", facts["lead"], "\n".join(f"- {answer}" for answer in answers(tables["paired"]))]
+    parts = [
+        f"# {facts['title']}",
+        facts["lead"],
+        ANSWERS_INTRO,
+        "\n".join(f"- {answer}" for answer in answers(tables["paired"])),
+    ]
     for section in sections:
         parts += [f"## {section.title}", section.text]
         parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}" for name in section.figures]
@@ -310,18 +325,21 @@ def _markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def html_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Section], figures: dict[str, Figure]) -> str:
+def html_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Section], figures: dict[str, bytes]) -> str:
     """Returns the report as one page that needs nothing but itself."""
     title = html.escape(facts["title"])
     items = "".join(f"<li>{html.escape(answer)}</li>" for answer in answers(tables["paired"]))
-    parts = [f'<h1>{title}</h1><p class="lead">{html.escape(facts["lead"])}</p><ul>{items}</ul>']
+    parts = [f'<h1>{title}</h1><p class="lead">{html.escape(facts["lead"])}</p><p>{ANSWERS_INTRO}</p><ul>{items}</ul>']
     for section in sections:
         parts.append(f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
-        parts += [_embedded(figures[name], CAPTIONS[name]) for name in section.figures]
+        for name in section.figures:
+            image = base64.b64encode(figures[name]).decode()
+            caption = f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption>"
+            parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{image}">{caption}</figure>')
         parts += [f"<h3>{html.escape(name)}</h3>{html_table(table)}" for name, table in section.tables.items()]
         parts += [
             f"<details><summary>{html.escape(name)}</summary>{html_table(table)}</details>"
             for name, table in section.details.items()
         ]
         parts.append("</section>")
-    return PAGE.format(title=title, style=CSS + "figure img { max-width: none; }", body="\n".join(parts))
+    return PAGE.format(title=title, style=CSS + "figure img, figcaption { max-width: 1100px; }", body="\n".join(parts))

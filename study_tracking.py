@@ -12,7 +12,7 @@ from tracking import _client, _experiment_id, _find_run, _lock_store, _tracking_
 
 
 class StudyTracker:
-    """Logs cells under the study's run; logging one again changes nothing. The first failure is said and the last.
+    """Logs cells under the study's run; logging one again changes nothing. After a first failure, which is said, nothing more is logged.
 
     Args:
         name: Of the study, shown in the UI.
@@ -46,9 +46,9 @@ class StudyTracker:
             _warn(f"MLflow has not all of this study ({str(error).partition(chr(10))[0]}); its folder has everything")
 
     def _open(self, name: str, params: dict[str, Any]) -> None:
-        uri = _tracking_uri()
-        with _lock_store(uri):
-            self._mlflow = _client(uri)
+        self._uri = _tracking_uri()
+        with _lock_store(self._uri):
+            self._mlflow = _client(self._uri)
             self._experiment = _experiment_id(self._mlflow, "dynamics-ensembles-studies")
         if _find_run(self._mlflow, self.run_id) is None:
             self.run_id = self._mlflow.create_run(self._experiment, run_name=name).info.run_id
@@ -58,16 +58,17 @@ class StudyTracker:
     def _log(self, cell: Cell, result: Result) -> None:
         from mlflow.entities import Metric, Param
 
-        children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
-        if self._mlflow.search_runs([self._experiment], children, max_results=1):
-            return
         now = int(time.time() * 1000)
-        run = self._mlflow.create_run(
-            self._experiment,
-            start_time=now - int(1000 * result.record["outcome"]["seconds"]),
-            run_name=cell.name,
-            tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
-        )
+        children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
+        with _lock_store(self._uri):  # so that of two processes of a study one logs the cell
+            if self._mlflow.search_runs([self._experiment], children, max_results=1):
+                return
+            run = self._mlflow.create_run(
+                self._experiment,
+                start_time=now - int(1000 * result.record["outcome"]["seconds"]),
+                run_name=cell.name,
+                tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
+            )
         params = [Param(name, str(value)) for name, value in cell.config.to_dict().items()]
         metrics = [Metric(name, value, now, 0) for name, value in result.record["outcome"]["metrics"].items()]
         if "training" in result.tables:
