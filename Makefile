@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality
+.PHONY: run test lint check study clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality
 
 run: $(VENV)/.installed
 	$(BIN)/python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
@@ -35,6 +35,26 @@ bench-around: $(VENV)/.installed-bench
 
 bench-quality: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.time_to_quality
+
+# What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
+# Every tier runs as two processes of one thread each, which share its cells: on two cores some two hours for the first
+# tier and three to four for all.
+COMPARE = $(BIN)/python compare_models.py
+ARMS := configs/study/dnn.yaml configs/study/pnn.yaml configs/study/pnn_beta.yaml
+twice = $(COMPARE) $(1) --quiet & $(COMPARE) $(1); status=$$?; wait; exit $$status
+
+study: $(VENV)/.installed reports/hopper-medium-200k.hdf5
+	$(call twice,--configs $(ARMS) --seeds 5 --output results/tier1 \
+		--datasets hopper-medium-demo hopper-random-demo halfcheetah-medium-demo hopper-medium-noisy-demo)
+	$(call twice,--configs $(ARMS) --seeds 3 --output results/tier2_doubled --params fit_epochs=60 \
+		--datasets hopper-medium-demo halfcheetah-medium-demo --learning_rates_of results/tier1)
+	$(call twice,--configs configs/study/dnn.yaml $(ARMS:.yaml=_ln.yaml) --seeds 3 --output results/tier3_layer_norm \
+		--datasets hopper-medium-demo halfcheetah-medium-demo)
+	$(call twice,--configs $(ARMS) --seeds 3 --output results/tier4_scale \
+		--datasets reports/hopper-medium-200k.hdf5 --learning_rates_of results/tier1)
+
+reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
+	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
 
 clean:
 	rm -rf $(VENV)

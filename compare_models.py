@@ -495,8 +495,13 @@ def open_study(args: argparse.Namespace, arms: Arms) -> StudyTracker:
         params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
         tracker = StudyTracker(args.output.name, record.get("mlflow_run_id"), params)
         with atomic_write(path, "w") as file:
-            json.dump({"command": shlex.join(["python", *sys.argv]), "mlflow_run_id": tracker.run_id}, file, indent=2)
+            json.dump({"command": command_line(), "mlflow_run_id": tracker.run_id}, file, indent=2)
     return tracker
+
+
+def command_line() -> str:
+    """Returns the command as it was given."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def save_table(table: pd.DataFrame, path: Path) -> Path:
@@ -586,7 +591,7 @@ def describe(
         "title": f"{', '.join(arms)} on {', '.join(Path(name).stem for name in datasets)}",
         "lead": f"{len(results)} of {planned} runs ({len(arms)} arms, {len(datasets)} datasets, {args.seeds} seeds), "
         f"{failed} of which failed; {hours:.1f} hours of training and evaluation with {args.threads} threads.",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "differences": pd.DataFrame(
             [
                 {"setting": key} | {arm: str(value) for arm, value in values.items()}

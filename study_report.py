@@ -320,7 +320,7 @@ def markdown_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Sect
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
-    rows = [[str(name).replace("_", " ") for name in table], ["---"] * len(table.columns)]
+    rows = [[str(name) for name in table], ["---"] * len(table.columns)]
     rows += [[format_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

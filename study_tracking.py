@@ -12,7 +12,7 @@ from tracking import _client, _experiment_id, _find_run, _lock_store, _tracking_
 
 
 class StudyTracker:
-    """Logs cells under the study's run; logging one again changes nothing. After a first failure, which is said, nothing more is logged.
+    """Logs cells under the study's run; logging one again changes nothing. A first failure is said and the last.
 
     Args:
         name: Of the study, shown in the UI.
