@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_input_error():
         check_arguments(args)
         device = find_device("cpu" if args.cpu else args.device)
-        models = [load_model(path, device) for path in args.model]
+        models = load_models(args.model, device)
         datasets = load_datasets(args, models)
         model, dataset = models[0], datasets[0]
         selection = select_trajectories(model, dataset, MAX_ROWS, args.seed, args.split)
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}; the report in {folder} is not complete", file=sys.stderr)
         return 1
-    if model.metadata["mlflow_run_id"] is not None:
+    if model.metadata.get("mlflow_run_id"):
         from tracking import log_evaluation
 
         log_evaluation(model.metadata["mlflow_run_id"], slug(dataset.name), summary, files)
@@ -219,21 +219,31 @@ def check_folder(folder: Path) -> None:
 # --- Inputs ---
 
 
-def load_model(path: Path, device: str) -> Model:
-    """Loads a ``model.pkl``.
+def load_models(paths: list[Path], device: str) -> list[Model]:
+    """Loads every ``model.pkl``, each known by the name of its run.
 
     Raises:
-        InputError: If there is none, or it is something else.
+        InputError: If one does not exist or is something else, or two have one name.
     """
-    from dynamics_model import DynamicsEnsemble, load_models
+    models = [load_model(path, device) for path in paths]
+    names = [model.name for model in models]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two of the models are of the run {repeated!r}; give every model once")
+    return models
+
+
+def load_model(path: Path, device: str) -> Model:
+    """Loads one ``model.pkl``."""
+    import dynamics_model
 
     try:
-        members, metadata = load_models(path)
+        members, metadata = dynamics_model.load_models(path)
     except FileNotFoundError:
         raise InputError(f"model {str(path)!r} does not exist; train one with learn_model.py") from None
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from None
-    return Model(metadata["run_name"], DynamicsEnsemble(members, metadata["seed"]).to(device), metadata)
+    ensemble = dynamics_model.DynamicsEnsemble(members, metadata["seed"]).to(device)
+    return Model(metadata.get("run_name") or path.stem, ensemble, metadata)
 
 
 def load_datasets(args: argparse.Namespace, models: list[Model]) -> list[Dataset]:
@@ -508,7 +518,7 @@ def results_text(facts: dict[str, Any], summary: dict[str, float], horizons: lis
     reached = [step for step in horizons if f"error_tsinf_{step}" in summary]
     errors = ", ".join(f"{summary[f'error_tsinf_{step}']:.3g} at {step}" for step in reached)
     lines.append(f"open loop  median tsinf error {errors} steps")
-    lines += ["errors in units of each dimension's mean absolute change in the training rows", *facts["notes"]]
+    lines += ["errors in units of each dimension's typical change per step in the training rows", *facts["notes"]]
     return "\n".join([*lines, f"report {folder / 'report.html'}"])
 
 

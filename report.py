@@ -80,7 +80,7 @@ CAPTIONS = {
     "action range), mirrored ones and random ones. An honest model's predicted deviation grows with its true error.",
     "oracle_noise": "The data was collected with noise on the executed action, and the simulator was asked 64 times "
     "for each state what follows. This is the only place where aleatoric uncertainty has a truth to compare with.",
-    "cross_dataset": "One-step error in units of each dataset's own mean absolute change, so that a column compares "
+    "cross_dataset": "One-step error in units of each dataset's own typical change per step, so that a column compares "
     "models. A red frame marks the dataset a model was trained on, where only rows it did not train on count.",
 }
 

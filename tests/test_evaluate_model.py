@@ -261,6 +261,20 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     assert [path.name for path in workplace.rglob("*")] == ["taken", "file"]
 
 
+def test_a_model_is_given_once(trained, workplace, capsys):
+    path = str(trained / "pnn-tested.pkl")
+    with pytest.raises(SystemExit):
+        main(["--model", path, path, "--dataset", str(trained / "near.hdf5")])
+    assert "two of the models are of the run 'pnn-tested'" in capsys.readouterr().err
+
+
+def test_a_single_trajectory_is_reported_as_far_as_it_goes(trained, workplace):
+    assert evaluate(trained, "pnn-all", "single", "--output", "here", "--quiet") == 0
+    content = report_of(workplace / "here")
+    assert "nothing can be recalibrated" in content["notes"][1]
+    assert "crps_recalibrated" not in content["metrics"]
+
+
 def test_one_trajectory_gives_deterministic_members_no_variance(trained, workplace, capsys):
     with (trained / "dnn-all.pkl").open("rb") as file:
         members, metadata = pickle.load(file)
