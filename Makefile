@@ -19,6 +19,7 @@ lint: $(VENV)/.installed-dev
 check: lint test
 
 # Benchmarks: finished rows are skipped, so each target can be stopped and run again. On an idle machine, one at a time.
+HOPPER ?= logs/hopper-200k.hdf5
 bench: bench-steps bench-prediction bench-around bench-quality
 
 bench-steps: $(VENV)/.installed-bench
@@ -33,8 +34,11 @@ bench-prediction: $(VENV)/.installed-bench
 bench-around: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.around_training
 
-bench-quality: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.time_to_quality
+bench-quality: $(VENV)/.installed-bench $(HOPPER)
+	$(BIN)/python -m benchmarks.time_to_quality --data hopper=$(HOPPER)
+
+logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
+	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
 
 # What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
 # Every tier runs as two processes of one thread each, which share its cells: on two cores some two hours for the first

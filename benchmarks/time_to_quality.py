@@ -1,0 +1,432 @@
+"""Validation error against wall time, FLOPs and epochs: our recipes and the published ones.
+
+    python -m benchmarks.time_to_quality --data hopper=logs/hopper-200k.hdf5
+    python -m benchmarks.time_to_quality --recipes ours/hopper_dnn --seeds 0
+    python -m benchmarks.time_to_quality --minutes 60
+    python -m benchmarks.time_to_quality --quick
+
+Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once. A published recipe (a file of
+``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which one member stands for seven: its time
+counts seven times, and a short stretch in turn with seven members checks that it may. The same whole trajectories are
+held out from all. A run that is stopped goes on from its last epoch when the command is given again. The hopper data,
+200,000 transitions, are made by
+
+    python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 \
+        --output logs/hopper-200k.hdf5
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks import harness
+from benchmarks.plain_loop import PlainMember, plain_member, train_steps, training_flops
+from config import LearnConfig, load_config
+from dataset import Dataset, gather_transitions, load_dataset, split_trajectories
+from dynamics_model import DynamicsEnsemble, NormalisedRows
+from errors import exit_on_input_error
+from learn_model import build_ensemble, train_ensemble
+from optimisation import draw_order, learning_rate
+from tracking import NullTracker
+from utils import atomic_write
+
+CONFIGS = {"ours": harness.ROOT / "configs", "published": harness.ROOT / "configs" / "published"}
+RECIPES = [
+    f"{source}/{environment}_{kind}"
+    for source in CONFIGS
+    for environment in ("hopper", "halfcheetah")
+    for kind in ("dnn", "pnn")
+]
+DATA = {"hopper": "logs/hopper-200k.hdf5", "halfcheetah": "halfcheetah-medium-demo"}
+HOLDOUT_RATIO = 0.2
+MEMBERS = 7
+TARGETS = (1.1, 1.0, 0.9)  # of the published recipe's best validation error
+SCALING_STEPS = 40
+
+
+class TimeIsUp(Exception):  # noqa: N818 - no error
+    """Ends a training for now; it goes on from its last epoch."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        recipe: ``ours/NAME`` or ``published/NAME``.
+        config: What its file says, with seed and number of members; one member stands for seven published ones.
+        dataset: Where rows come from.
+        threads: PyTorch's.
+    """
+
+    recipe: str
+    config: LearnConfig
+    dataset: Dataset
+    threads: int
+
+    @cached_property
+    def rows(self) -> tuple[DynamicsEnsemble, NormalisedRows, NormalisedRows]:
+        """The untrained ensemble, its training rows and its held-out rows."""
+        split = split_trajectories(self.dataset, split_seed=0, holdout_ratio=HOLDOUT_RATIO)
+        transitions = gather_transitions(self.dataset, split.train)
+        ensemble = build_ensemble(self.config, transitions)
+        holdout = gather_transitions(self.dataset, split.holdout)
+        return ensemble, ensemble.normalise(transitions), ensemble.normalise(holdout)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its rows in the CSV have in common."""
+        data = self.dataset.sha256[:12]
+        return {"recipe": self.recipe, "seed": self.config.seed, "data": data, "threads": self.threads}
+
+    @property
+    def epoch_flops(self) -> int:
+        """Matrix-multiply FLOPs of an epoch of seven members."""
+        _, train, _ = self.rows
+        outputs = train.targets.shape[1] * (2 if self.config.probabilistic else 1)
+        sizes = (train.inputs.shape[1], *self.config.hidden_size, outputs)
+        return MEMBERS * len(train.inputs) * training_flops(sizes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is missing, then draws the table and the figure."""
+    args = parse_arguments(argv)
+    study = harness.open_study("time_to_quality", args.quick)
+    scaling = harness.Study("seven_times_one", study.folder)
+    if not args.tables:
+        deadline = time.monotonic() + 60 * args.minutes
+        torch.set_num_threads(args.threads)
+        with exit_on_input_error():
+            runs = planned_runs(args)
+        try:
+            for run in runs:
+                train(study, run, deadline)
+                if run.recipe.startswith("published"):
+                    check_scaling(scaling, run)
+        except TimeIsUp:
+            print("time is up; the same command goes on from here", file=sys.stderr)
+    table = study.rows()
+    table["name"] = table["recipe"].str.partition("/")[2]
+    for column in ("data", "threads"):  # of each recipe, what was trained on last
+        table = table[table[column] == table.groupby("name")[column].transform("last")]
+    study.write_table(tables(table, scaling.rows()))
+    study.save_figure(figure(table))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = harness.command_line(__doc__)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="what to train (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of ours (0 1 2)")
+    parser.add_argument("--published_seeds", nargs="+", type=int, default=[0], help="seeds of published recipes (0)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ENV=DATASET",
+        help="datasets as learn_model.py takes them: " + " ".join(f"{name}={data}" for name, data in DATA.items()),
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (PyTorch's own choice)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, and go on another time")
+    args = parser.parse_args(argv)
+    for entry in args.data:
+        if entry.partition("=")[0] not in DATA or not entry.partition("=")[2]:
+            parser.error(f"--data got {entry!r}; expected hopper=DATASET or halfcheetah=DATASET")
+    return args
+
+
+def planned_runs(args: argparse.Namespace) -> list[Run]:
+    """Returns what was asked for, ours first: the published recipes take hours."""
+    data = DATA | dict(entry.split("=", 1) for entry in args.data)
+    datasets: dict[str, Dataset] = {}
+    runs = []
+    for recipe in args.recipes:
+        source, name = recipe.split("/")
+        config = load_config(CONFIGS[source] / f"{name}.yaml")
+        path = data[name.split("_")[0]]
+        seeds = args.seeds if source == "ours" else args.published_seeds
+        if args.quick:
+            path, seeds = "hopper-random-demo", seeds[:2]
+            config = dataclasses.replace(config, fit_epochs=5, hidden_size=(16,), batch_size=512)
+        dataset = datasets[path] = datasets.get(path) or load_dataset(path, quiet=True)
+        for seed in seeds:
+            own = dataclasses.replace(config, seed=seed, ensemble_size=MEMBERS if source == "ours" else 1)
+            runs.append(Run(recipe, own, dataset, args.threads))
+    return sorted(runs, key=lambda run: run.recipe.startswith("published"))
+
+
+# --- Training, epoch by epoch ---
+
+
+class Progress:
+    """What a run has measured: a row per epoch in the CSV, and a checkpoint from which it goes on.
+
+    Time is that of training and of scoring the holdout, which every recipe does after each epoch; not of checkpoints.
+    """
+
+    def __init__(self, study: harness.Study, run: Run, deadline: float) -> None:
+        self._study = study
+        self._run = run
+        self._deadline = deadline
+        folder = harness.ROOT / "logs" if study.folder == harness.FOLDER else study.folder
+        self._path = folder / "time_to_quality" / f"{'-'.join(map(str, run.key.values())).replace('/', '-')}.checkpoint"
+        unscored = [[math.inf, math.nan]] * run.config.ensemble_size
+        self._state: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "kept": unscored, "row": None, "training": None}
+        if self._path.exists():
+            self._state = torch.load(self._path, weights_only=True)
+            if len(study.finished(**run.key)) < self.epoch:  # stopped between checkpoint and CSV
+                study.append([self._state["row"]])
+        self._start = time.perf_counter()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self._state["epoch"]
+
+    @property
+    def training(self) -> dict[str, Any] | None:
+        """What training goes on from; None at the start."""
+        return self._state["training"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to train."""
+        return not self._study.finished(**self._run.key, is_last=True).empty
+
+    def begin(self) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def add_epoch(self, scores: list[list[float]], training: dict[str, Any], is_last: bool) -> None:
+        """Takes what an epoch gave.
+
+        Args:
+            scores: Validation error and likelihood (or NaN) of each member.
+            training: What training goes on from.
+            is_last: Whether training ends here.
+
+        Raises:
+            TimeIsUp: If this invocation has had its minutes.
+        """
+        epoch, seconds = self.epoch + 1, self._state["seconds"] + time.perf_counter() - self._start
+        # Each member keeps the weights of its lowest validation error; a likelihood counts where it belongs to them.
+        kept = [min(best, new, key=lambda pair: pair[0]) for best, new in zip(self._state["kept"], scores, strict=True)]
+        errors = [error for error, _ in kept]
+        row = self._run.key | {
+            "epoch": epoch,
+            "seconds": seconds * MEMBERS / len(kept),
+            "tflop": epoch * self._run.epoch_flops / 1e12,
+            "val_mse": mean([error for error, _ in scores]),
+            "nll": mean([nll for _, nll in scores]),
+            "kept_mse": mean(errors),
+            "kept_mse_low": min(errors),
+            "kept_mse_high": max(errors),
+            "kept_nll": mean([nll for _, nll in kept]),
+            "is_last": is_last,
+        }
+        self._state = {"epoch": epoch, "seconds": seconds, "kept": kept, "row": row, "training": training}
+        with atomic_write(self._path) as file:
+            torch.save(self._state, file)
+        self._study.append([row])
+        if is_last:
+            self._path.unlink()
+        elif time.monotonic() > self._deadline:
+            raise TimeIsUp
+        self.begin()
+
+
+def mean(values: list[float]) -> float:
+    """Returns the mean of numbers."""
+    return sum(values) / len(values)
+
+
+def train(study: harness.Study, run: Run, deadline: float) -> None:
+    """Trains a run from its last epoch to its end."""
+    progress = Progress(study, run, deadline)
+    if not progress.is_finished:
+        print(f"{run.recipe}, seed {run.config.seed}: {progress.epoch} of {run.config.fit_epochs} epochs are done")
+        (train_ours if run.recipe.startswith("ours") else train_published)(run, progress)
+
+
+def train_ours(run: Run, progress: Progress) -> None:
+    """Trains with the product's loop, all members at once."""
+    ensemble, train, holdout = run.rows
+
+    class Scores(NullTracker):
+        """Remembers an epoch's scores until its checkpoint comes."""
+
+        def log_epoch(self, epoch: int, rows: list[dict[str, Any]]) -> None:
+            """Takes validation error and likelihood of each member."""
+            self.latest = [[row["val_mse"], math.nan if row["nll"] is None else row["nll"]] for row in rows]
+
+    scores = Scores()
+
+    def save(checkpoint: dict[str, Any]) -> None:
+        patience, waited = run.config.patience, checkpoint["best"]["epochs_since_best"]
+        has_stopped = patience is not None and min(waited) >= patience
+        progress.add_epoch(scores.latest, checkpoint, checkpoint["epochs"] == run.config.fit_epochs or has_stopped)
+
+    progress.begin()
+    train_ensemble(ensemble, run.config, train, holdout, scores, False, progress.training, save)
+
+
+def train_published(run: Run, progress: Progress) -> None:
+    """Trains one member with the plain loop; the learning rate moves between epochs, as published."""
+    ensemble, train, holdout = run.rows
+    member = plain_member(run.config, ensemble.network)
+    optimizer = torch.optim.Adam(member.parameters(), lr=run.config.fit_lr)
+    if progress.training is not None:
+        member.load_state_dict(progress.training["member"])
+        optimizer.load_state_dict(progress.training["optimizer"])
+    progress.begin()
+    for epoch in range(progress.epoch, run.config.fit_epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.config, epoch)
+        order = draw_order(run.config.seed, 1, len(train.inputs), epoch)[0]
+        train_steps(member, optimizer, train, order, run.config.batch_size)
+        state = {"member": member.state_dict(), "optimizer": optimizer.state_dict()}
+        progress.add_epoch([score(member, holdout)], state, is_last=epoch + 1 == run.config.fit_epochs)
+
+
+@torch.no_grad()
+def score(member: PlainMember, rows: NormalisedRows) -> list[float]:
+    """Returns mean squared error and Gaussian likelihood (NaN for point predictions) as the product defines them."""
+    squared_error, nll = 0.0, 0.0
+    for chunk in rows.chunks(4096):
+        predicted, log_variance = member(chunk.inputs)
+        error = (predicted - chunk.targets).square()
+        squared_error += error.mean(dim=-1).double().sum().item()
+        if log_variance is not None:
+            terms = 0.5 * (error / log_variance.exp() + log_variance + math.log(2 * math.pi))
+            nll += terms.mean(dim=-1).double().sum().item()
+    count = len(rows.inputs)
+    return [squared_error / count, math.nan if log_variance is None else nll / count]
+
+
+def check_scaling(study: harness.Study, run: Run) -> None:
+    """Times some steps of one member of the plain loop in turn with as many of each of seven."""
+    if not study.finished(recipe=run.recipe).empty:
+        return
+    ensemble, train, _ = run.rows
+    members = [plain_member(run.config, ensemble.network) for _ in range(MEMBERS)]
+    pairs = [(member, torch.optim.Adam(member.parameters(), lr=run.config.fit_lr)) for member in members]
+    order = draw_order(0, 1, len(train.inputs), epoch=0)[0][: SCALING_STEPS * run.config.batch_size]
+
+    def steps(count: int) -> None:
+        for member, optimizer in pairs[:count]:
+            train_steps(member, optimizer, train, order, run.config.batch_size)
+
+    rows = harness.in_turn({"one": lambda: steps(1), "seven": lambda: steps(MEMBERS)}, rounds=5, seconds=0)
+    study.append([{"recipe": run.recipe} | row for row in rows])
+
+
+# --- The table and the figure ---
+
+
+def tables(rows: pd.DataFrame, scaling: pd.DataFrame) -> str:
+    """Returns a table per published recipe: its whole schedule, and when ours reaches its best validation error."""
+    titled = {}
+    for name in rows["name"].unique():
+        published, ours = (rows[rows["recipe"] == f"{source}/{name}"] for source in ("published", "ours"))
+        titled[name] = recipe_table(published, ours)
+    text = [
+        "Validation MSE in normalised units and NLL in nats, on whole trajectories that are held out; ours: means over "
+        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: wall time "
+        "of 7 members (of a published recipe seven times that of one), scoring of the holdout included. Target: the "
+        "best validation error in the whole published schedule; ours: median over seeds, and range. x: wall time of "
+        "that whole schedule divided by ours up to the target; in brackets, of the schedule up to its best epoch."
+    ]
+    if not scaling.empty:
+        ratios = harness.compare(scaling, ["recipe"], base="one")["ratio"].unstack("arm")["seven"]
+        measured = ", ".join(f"{recipe} {ratio:.2f}" for recipe, ratio in ratios.items())
+        text.append(f"Seven members against one, {SCALING_STEPS} steps of each: {measured}.")
+    return "\n\n".join([*text, *(f"**{name}**\n\n{table}" for name, table in titled.items())])
+
+
+def recipe_table(published: pd.DataFrame, ours: pd.DataFrame) -> str:
+    """Returns the lines of one environment and kind."""
+    header = ["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"]
+    lines = []
+    if not published.empty:
+        end = published.iloc[-1]
+        state = "" if end["is_last"] else " so far"
+        best = [f"{published['val_mse'].min():.5f}", number(published["nll"].min(), ".3f")]
+        lines.append([f"published{state}, best", *effort(end), *best])
+    for seed, run in ours.groupby("seed"):
+        end = run.iloc[-1]
+        error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001 - a range
+        state = "" if end["is_last"] else " so far"
+        lines.append([f"ours, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
+    table = harness.markdown(header, lines)
+    if published.empty or ours.empty:
+        return table
+    return table + "\n\n" + harness.markdown(["target", "ours, minutes", "x"], target_lines(published, ours))
+
+
+def target_lines(published: pd.DataFrame, ours: pd.DataFrame) -> list[list[str]]:
+    """Returns a line per target: when ours reaches it, and how much sooner than the published recipe."""
+    best = published.loc[published["val_mse"].idxmin()]
+    goals = {}
+    for factor in TARGETS:
+        target = factor * best["val_mse"]
+        goals[f"{factor:g} x MSE, {target:.5f}"] = ours["kept_mse"] <= target
+    if published["nll"].notna().any():
+        reaches_nll = ours["kept_nll"] <= published["nll"].min()
+        goals[f"NLL, {published['nll'].min():.3f}"] = reaches_nll
+        goals["both, MSE and NLL"] = reaches_nll & (ours["kept_mse"] <= best["val_mse"])
+    lines = []
+    for goal, reached in goals.items():
+        times = ours[reached].groupby("seed")["seconds"].min()
+        missing = ours["seed"].nunique() - len(times)
+        if times.empty:
+            lines.append([goal, "not reached", "-"])
+            continue
+        spread = f"{times.median() / 60:.2f} ({times.min() / 60:.2f}–{times.max() / 60:.2f})"  # noqa: RUF001 - a range
+        ratios = [seconds / times.median() for seconds in (published["seconds"].iloc[-1], best["seconds"])]
+        also = f"; {harness.count(missing, 'seed')} did not get there" if missing else ""
+        lines.append([goal, spread + also, f"{ratios[0]:.1f} ({ratios[1]:.1f})"])
+    return lines
+
+
+def effort(row: pd.Series) -> list[str]:
+    """Returns epochs, TFLOP and minutes up to a row."""
+    return [str(row["epoch"]), f"{row['tflop']:.1f}", f"{row['seconds'] / 60:.1f}"]
+
+
+def number(value: float, form: str) -> str:
+    """Returns a number, or a dash where there is none."""
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def figure(rows: pd.DataFrame) -> Any:
+    """Draws validation error against wall time, and below against FLOPs, a column per environment and kind."""
+    names = list(rows["name"].unique())
+    drawn = harness.new_figure(columns=len(names), lines=2)
+    panels = drawn.subplots(2, len(names), squeeze=False)
+    for column, name in enumerate(names):
+        for source, color in (("published", "tab:orange"), ("ours", "tab:blue")):
+            for seed, run in rows[rows["recipe"] == f"{source}/{name}"].groupby("seed"):
+                for axes, against in zip(panels[:, column], (run["seconds"] / 60, run["tflop"]), strict=True):
+                    axes.plot(against, run["kept_mse"], color=color, label=f"{source}, seed {seed}")
+        panels[0, column].set(title=name, xlabel="minutes, 7 members")
+        panels[1, column].set(xlabel="TFLOP, 7 members")
+        for axes in panels[:, column]:
+            axes.set(xscale="log", yscale="log", ylabel="validation MSE of the best weights so far")
+            axes.grid(alpha=0.3, which="both")
+    panels[0, 0].legend(fontsize="x-small")
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
