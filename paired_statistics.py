@@ -141,43 +141,48 @@ def pool(estimates: Sequence[Estimate]) -> Estimate:
 
 @dataclass(frozen=True)
 class SpreadRatio:
-    """Ratio of two paired standard deviations with its confidence limits and two-sided p-value."""
+    """Ratio of two paired standard deviations.
 
-    ratio: float
+    Attributes:
+        log: Estimate of the ratio's log; limits and p-value from it are approximate, what ``pool`` needs.
+        low: Lower confidence limit of the ratio, exact.
+        high: Upper confidence limit of the ratio, exact.
+        p_value: Two-sided, exact.
+    """
+
+    log: Estimate
     low: float
     high: float
     p_value: float
+
+    @property
+    def ratio(self) -> float:
+        """The ratio itself."""
+        return math.exp(self.log.mean)
 
 
 def compare_spreads(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> SpreadRatio:
     """Compares the standard deviations of paired values: Pitman's and Morgan's test (both 1939) and its interval.
 
-    Exact for normal values: the variances are equal if and only if sum and difference are uncorrelated. Several
-    datasets are pooled by centring each one and bringing it to the same scale; one of them is the textbook's case.
+    Exact for normal values: the variances are equal if and only if sum and difference are uncorrelated.
 
     Args:
-        first: ``(datasets, S)``.
-        second: ``(datasets, S)``, paired with it value by value.
+        first: ``(S,)``.
+        second: ``(S,)``, paired with it value by value.
         level: Of the interval.
 
     Returns:
-        The ratio of the first to the second; limits and p-value are nan for fewer than three pairs of values.
+        The ratio of the first to the second; uncertainties are nan for fewer than three pairs.
     """
-    first, second = (part - part.mean(axis=1, keepdims=True) for part in (first, second))
-    size = np.sqrt((np.square(first) + np.square(second)).mean(axis=1, keepdims=True))
-    first, second = first / size, second / size
-    squares = np.square(first).sum() / np.square(second).sum()
-    degrees = first.size - len(first) - 1
+    log_ratio, degrees = math.log(np.std(first) / np.std(second)), len(first) - 2
     if degrees < 1:
-        return SpreadRatio(float(np.sqrt(squares)), math.nan, math.nan, math.nan)
-    correlation = (first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum())
-    unexplained = max(1 - correlation**2, 0.0)
-    widening = 1 + 2 * unexplained * stats.t.ppf((1 + level) / 2, degrees) ** 2 / degrees
-    factor = widening + np.sqrt(widening**2 - 1)
-    with np.errstate(divide="ignore"):
-        statistic = abs(squares - 1) * np.sqrt(degrees / (4 * unexplained * squares))
-    low, ratio, high = np.sqrt([squares / factor, squares, squares * factor])
-    return SpreadRatio(float(ratio), float(low), float(high), float(2 * stats.t.sf(statistic, degrees)))
+        return SpreadRatio(Estimate(log_ratio, math.nan, math.nan, level), math.nan, math.nan, math.nan)
+    unexplained = max(1 - np.corrcoef(first, second)[0, 1] ** 2, np.finfo(float).tiny)
+    error = math.sqrt(unexplained / degrees)  # sinh(log ratio) / error has Student's distribution
+    half_width = np.arcsinh(stats.t.ppf((1 + level) / 2, degrees) * error)
+    low, high = np.exp([log_ratio - half_width, log_ratio + half_width])
+    p_value = float(2 * stats.t.sf(abs(np.sinh(log_ratio)) / error, degrees))
+    return SpreadRatio(Estimate(log_ratio, error, degrees, level), float(low), float(high), p_value)
 
 
 # --- Many tests at once ---

@@ -235,50 +235,39 @@ Pairs = dict[str, tuple[LogErrors, LogErrors]]
 
 
 def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
-    """Returns the ratio of errors on each dataset where a pair of runs has finished, and the mean over datasets.
-
-    The mean has no p-value: it is a summary of these datasets, not a test of others.
-    """
-    ratios = {dataset: arm.minus(reference) for dataset, (arm, reference) in pairs.items()}
-    ratios = {dataset: ratio for dataset, ratio in ratios.items() if ratio.by_seed}
-    estimates = {dataset: ratio.estimate() for dataset, ratio in ratios.items()}
-    records = [
-        {
-            "dataset": dataset,
-            "pairs": len(ratio.by_seed),
-            "trajectories": ratio.trajectories,
-            **_exponentials(estimates[dataset], "ratio"),
-            "p_value": estimates[dataset].p_value,
-        }
-        for dataset, ratio in ratios.items()
-    ]
-    if records:
-        pairs_of_all = sum(record["pairs"] for record in records)
-        pooled = _exponentials(pool(list(estimates.values())), "ratio")
-        records.append({"dataset": POOLED, "pairs": pairs_of_all, **pooled})
-    return records
+    """Returns the ratio of errors on each dataset where a pair of runs has finished, and the mean over datasets."""
+    records, estimates = [], []
+    for dataset, (arm, reference) in pairs.items():
+        ratio = arm.minus(reference)
+        if ratio.by_seed:
+            estimates.append(ratio.estimate())
+            numbers = {"pairs": len(ratio.by_seed), "trajectories": ratio.trajectories}
+            limits = _exponentials(estimates[-1], "ratio") | {"p_value": estimates[-1].p_value}
+            records.append({"dataset": dataset, **numbers, **limits})
+    return [*records, *_pooled(records, estimates)]
 
 
 def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
-    """Returns the ratio of standard deviations over seeds, of each dataset with two pairs and of all that have as many.
+    """Returns the ratio of standard deviations over seeds, on each dataset with two pairs of runs, and the mean.
 
     Seeds are the only random factor here: it is the spread on these test trajectories.
     """
-    logs = {}
+    records, spreads = [], []
     for dataset, (arm, reference) in pairs.items():
         seeds = [seed for seed in arm.by_seed if seed in reference.by_seed]
         if len(seeds) > 1:
-            logs[dataset] = np.array([[side.by_seed[seed] for seed in seeds] for side in (arm, reference)])[:, None]
-    groups = dict(logs)
-    if len({values.shape for values in logs.values()}) == 1:
-        groups[POOLED] = np.concatenate(list(logs.values()), axis=1)
-    records = []
-    for dataset, (first, second) in groups.items():
-        spread = compare_spreads(first, second)
-        p_value = np.nan if dataset == POOLED else spread.p_value
-        limits = {"ratio": spread.ratio, "low": spread.low, "high": spread.high, "p_value": p_value}
-        records.append({"dataset": dataset, "pairs": first.size, **limits})
-    return records
+            spreads.append(compare_spreads(*([side.by_seed[seed] for seed in seeds] for side in (arm, reference))))
+            limits = {name: getattr(spreads[-1], name) for name in ("ratio", "low", "high", "p_value")}
+            records.append({"dataset": dataset, "pairs": len(seeds), **limits})
+    return [*records, *_pooled(records, [spread.log for spread in spreads])]
+
+
+def _pooled(records: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
+    """Returns the line for all datasets. It has no p-value: it sums up these datasets and tests no others."""
+    if not records:
+        return []
+    pairs = sum(record["pairs"] for record in records)
+    return [{"dataset": POOLED, "pairs": pairs, **_exponentials(pool(estimates), "ratio")}]
 
 
 def aggregate_tables(cells: pd.DataFrame, arms: list[str], datasets: list[str]) -> Tables:
