@@ -93,10 +93,10 @@ def draw_one_step(table: pd.DataFrame) -> Figure:
     errors = table.pivot(index="dimension", columns="predictor", values="rmse").loc[table.dimension.unique()]
     members = errors.filter(like="member_")
     position = np.arange(len(errors))
-    axes.vlines(position, members.min(axis=1), members.max(axis=1), color=SKY, lw=5, alpha=0.6, label="single members")
-    axes.plot(position, errors["ensemble"], "o", ms=4, color=BLUE, label="ensemble mean")
+    axes.vlines(position, members.min(axis=1), members.max(axis=1), color=SKY, lw=5, alpha=0.6, label="members")
+    axes.plot(position, errors["ensemble"], "o", ms=4, color=BLUE, label="ensemble")
     if "linear" in errors:
-        axes.plot(position, errors["linear"], "x", ms=5, color=PURPLE, label="linear regression")
+        axes.plot(position, errors["linear"], "x", ms=5, color=PURPLE, label="linear")
     axes.plot(position, errors["no_change"], "_", ms=9, mew=2, color=DARK, label="no change")
     axes.set_yscale("log")
     _name_dimensions(axes, list(errors.index))
@@ -113,7 +113,7 @@ def draw_ensemble_size(table: pd.DataFrame) -> Figure:
             f"{row.rmse:.3g}", (row.members, row.rmse), textcoords="offset points", xytext=(0, 7), ha="center"
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.08)
+    axes.set_xlim(0.5, len(table) + 0.5)
     axes.set_ylim(0, table.rmse.max() * 1.25)  # from 0, so that what is flat looks flat
     return figure
 
@@ -215,7 +215,7 @@ def draw_coverage(table: pd.DataFrame) -> Figure:
         rows = table[table.variant == variant]
         if len(rows):
             axes.plot(np.arange(len(rows)) + shift, rows.coverage_90, marker, ms=4, color=colour, label=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _name_dimensions(axes, dimensions)
     axes.legend()
     return figure

@@ -219,9 +219,10 @@ def html_report(
         Section("How it was made", f"{facts['command']}. {origin}", [], {}, {"Configuration of the model": settings}),
     ]
     title = html.escape(facts["title"])
+    members = "member" if facts["members"] == 1 else "members"
     lead = (
-        f"{facts['members']} {facts['kind']} members, trained on {facts['trained_on']}; evaluated on {facts['rows']:,} "
-        f"transitions of {facts['trajectories']} trajectories of {facts['dataset']}."
+        f"{facts['members']} {facts['kind']} {members}, trained on {facts['trained_on']}; evaluated on "
+        f"{facts['rows']:,} transitions of {facts['trajectories']} trajectories of {facts['dataset']}."
     )
     page = [f"<h1>{title}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
     page += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
