@@ -165,7 +165,7 @@ def is_covered(z: np.ndarray, level: float) -> np.ndarray:
 def expected_calibration_error(z: np.ndarray, levels: int = 100) -> float:
     """Mean absolute difference between promised and observed coverage of central intervals, from 0 to 0.5.
 
-    Kuleshov et al. 2018, section 3.5, with absolute differences and evenly spaced levels from 0 to 1.
+    Kuleshov et al. 2018, but with absolute differences and evenly spaced levels from 0 to 1.
 
     Args:
         z: Standardised errors, any shape.
@@ -202,7 +202,7 @@ def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """Factor that recalibrates standard deviations, fitted for each fold on the other folds.
 
     One scale per column, the root mean square of standardised errors: what maximises the Gaussian likelihood (Levi et
-    al. 2022, "Evaluating and calibrating uncertainty prediction in regression tasks", section 3.2). As each row's scale
+    al. 2022, "Evaluating and calibrating uncertainty prediction in regression tasks"). As each row's scale
     comes from other trajectories, nothing is scored on what fitted it.
 
     Args:
@@ -226,8 +226,8 @@ def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
     """Mean of values and its standard error, when values of one cluster (a trajectory) resemble each other.
 
-    The sandwich estimator for a mean, with the factor ``G / (G - 1)`` for ``G`` clusters (Cameron and Miller 2015,
-    section II.B); nan below two clusters.
+    The sandwich estimator for a mean, with the factor ``G / (G - 1)`` for ``G`` clusters (Cameron and Miller 2015);
+    nan below two clusters.
 
     Args:
         values: ``(N,)``.

@@ -20,7 +20,7 @@ from dataset import Dataset
 from dynamics_model import DynamicsEnsemble, Propagation
 from forecasts import Rows, Scale
 
-PARTICLES = 20  # per start point, at least; as many as PETS (Chua et al. 2018, appendix A.2)
+PARTICLES = 20  # per start point, at least; as many as PETS (Chua et al. 2018)
 BAND = 0.9  # of the interval whose coverage decides the calibrated horizon
 LEFT, DIVERGED = 0.05, 1.0  # widths of the data's range that a state may be outside of it
 QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9}
