@@ -69,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         rates = known_rates(args, arms)
         device = args.device if args.engine == "ray" else find_device(args.device)
         datasets = load_datasets(args)
-        trials = [] if rates is not None else plan_trials(arms, args, device)
-        done = count_done(trials, datasets, args.output)
-        if rates is not None:
-            done = count_done(plan_cells(arms, rates, args, device), datasets, args.output)
+        trials = plan_trials(arms, args, device) if rates is None else []
+        check_done(trials if rates is None else plan_cells(arms, rates, args, device), datasets, args.output)
         engine = choose_engine(args)
         number = len(arms) * len(datasets) * args.seeds
 
-    print_plan(arms, args, len(trials), number, done)
+    print_plan(arms, args, len(trials), number)
     tracker = open_study(args, arms)
     progress = Progress(len(trials) + number, args.quiet)
     try:
@@ -84,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         rates = choose_rates(trials, args.output) if rates is None else rates
         with exit_on_input_error():
             cells = plan_cells(arms, rates, args, device)
-            count_done(cells, datasets, args.output)
+            check_done(cells, datasets, args.output)
         save_table(rates, args.output / "learning_rates.csv")
         run_cells(cells, datasets, args.output, engine, tracker, progress)
         files = report(cells, rates, arms, datasets, args)
@@ -278,15 +276,16 @@ def plan_cells(arms: Arms, rates: pd.DataFrame, args: argparse.Namespace, device
     ]
 
 
-def count_done(cells: list[Cell], datasets: Datasets, output: Path) -> int:
-    """Counts the cells whose results are there.
+def check_done(cells: list[Cell], datasets: Datasets, output: Path) -> None:
+    """Checks that cells which are there already are those asked for.
 
     Raises:
-        InputError: If the result of another study is in a cell's place.
+        InputError: If the result of another request is in a cell's place.
     """
-    from study_cells import is_done
+    from study_cells import check_request
 
-    return sum(is_done(output / cell.name, cell.request(datasets[cell.dataset].sha256)) for cell in cells)
+    for cell in cells:
+        check_request(output / cell.name, cell.request(datasets[cell.dataset].sha256))
 
 
 def run_cells(
@@ -519,7 +518,7 @@ def differences(arms: Arms) -> dict[str, dict[str, Any]]:
     return {key: by_arm for key, by_arm in values.items() if len({str(value) for value in by_arm.values()}) > 1}
 
 
-def print_plan(arms: Arms, args: argparse.Namespace, trials: int, cells: int, done: int) -> None:
+def print_plan(arms: Arms, args: argparse.Namespace, trials: int, cells: int) -> None:
     """Says what is compared and what it takes."""
     if args.quiet:
         return
@@ -530,7 +529,7 @@ def print_plan(arms: Arms, args: argparse.Namespace, trials: int, cells: int, do
     ]
     lines += [
         f"{cells} cells ({len(arms)} arms x {len(args.datasets)} datasets x {args.seeds} seeds) and {trials} trials "
-        f"that choose learning rates; {done} are done; the first ones will tell how long the rest takes"
+        "that choose learning rates; what is finished is not run again, and the first ones tell how long the rest takes"
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
 

@@ -125,7 +125,7 @@ def satterthwaite(variances: Sequence[float], degrees: Sequence[float]) -> float
     variances, degrees = np.asarray(variances), np.asarray(degrees)
     if not variances.any():
         return float(degrees.sum())
-    return float(variances.sum() ** 2 / (np.square(variances) / degrees).sum())
+    return float(1 / (np.square(variances / variances.sum()) / degrees).sum())
 
 
 def pool(estimates: Sequence[Estimate]) -> Estimate:

@@ -39,6 +39,8 @@ PRIMARY = {
 ERRORS = tuple(PRIMARY)[:3]
 POOLED = "all datasets"
 LONGEST_HORIZON = 25
+_PAIRED = ["metric", "arm", "reference", "dataset", "horizon", "pairs", "trajectories", "ratio", "low", "high"]
+_PAIRED += ["p_value", "p_holm"]
 _ERROR_CAP = 1e6  # what the error of a rollout counts that left the floating-point numbers
 
 Tables = dict[str, pd.DataFrame]
@@ -222,7 +224,7 @@ def paired_table(
         pairs = {d: (logs["nrmse", arm, d], logs["nrmse", reference, d]) for d in datasets}
         for record in compare_stability(pairs):
             records.append({"metric": "sd_log_nrmse", "arm": arm, "reference": reference, **record})
-    table = pd.DataFrame(records)
+    table = pd.DataFrame(records, columns=_PAIRED)
     for metric in table.metric.unique():
         family = (table.metric == metric) & (table.dataset != POOLED)
         table.loc[family, "p_holm"] = holm(table.p_value[family])

@@ -127,24 +127,22 @@ class Result:
         return cls(record, {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))})
 
 
-def is_done(folder: Path, request: dict[str, Any]) -> bool:
-    """Tells whether a cell's folder is there.
+def check_request(folder: Path, request: dict[str, Any]) -> None:
+    """Checks that a cell's folder, where there is one, holds the result of this request.
 
     Raises:
-        InputError: If it holds the result of another request.
+        InputError: If it holds that of another.
     """
-    try:
-        found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["request"]
-    except FileNotFoundError:
-        return False
-    if found == request:
-        return True
+    if not folder.exists():
+        return
+    found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["request"]
     found, wanted = ({**given, **given["config"], "config": None} for given in (found, request))
-    key = next(key for key in sorted(wanted.keys() | found.keys()) if found.get(key) != wanted.get(key))
-    raise InputError(
-        f"{folder} was made with {key} {found.get(key)!r}, asked for is {wanted.get(key)!r}; give another --output, or "
-        "delete that folder to have its cell made again"
-    )
+    for key in sorted(wanted.keys() | found.keys()):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{str(folder)!r} was made with {key} {found.get(key)!r}, asked for is {wanted.get(key)!r}; give "
+                "another --output, or delete that folder to have its cell made again"
+            )
 
 
 class _Recorder(NullTracker):

@@ -197,7 +197,7 @@ def draw_ratios(paired: pd.DataFrame) -> Figure:
         axes.axvline(1, color=DARK, lw=1, ls=":")
         for place, (arm, reference) in enumerate(pairs):
             rows = paired[(paired.metric == metric) & (paired.arm == arm) & (paired.reference == reference)]
-            height = rows.dataset.map(datasets.index) + 0.2 * (place - (len(pairs) - 1) / 2)
+            height = np.array([datasets.index(name) for name in rows.dataset]) + 0.2 * (place - (len(pairs) - 1) / 2)
             colour = _COLOURS[place % len(_COLOURS)]
             axes.hlines(height, rows.low, rows.high, color=colour, lw=1.4)
             pooled = rows.dataset == POOLED
@@ -206,7 +206,7 @@ def draw_ratios(paired: pd.DataFrame) -> Figure:
         axes.set(title=LABELS[metric], xlabel="ratio (log axis)", xscale="log")
         _plain_ticks(axes.xaxis)
     panels[0].set_yticks(range(len(datasets)), datasets)
-    panels[0].set_ylim(len(datasets) - 0.5, -0.5)
+    panels[0].set_ylim(max(len(datasets), 1) - 0.5, -0.5)
     _share_legend(figure, panels[0])
     return figure
 
