@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for part in tqdm(args.parts, unit="part"):
                 PARTS[part](study, Path(scratch), args.quick)
-    rows = study.rows()
-    study.write_table(tables(rows))
+    rows = study.shown()
     if (rows["part"] == "growth").any():
         study.save_figure(figure(rows))
+    study.write_table(tables(rows))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from errors import CommandLine
+from errors import CommandLine, InputError, exit_on_input_error
 from utils import atomic_write, git_commit
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ class Study:
         table = pd.read_csv(self.csv)
         return table[table["machine"] == (table["machine"].iloc[-1] if machine is None else machine)]
 
+    def shown(self) -> pd.DataFrame:
+        """Returns the rows for tables and figures; ends the program where nothing has been measured."""
+        rows = self.rows()
+        with exit_on_input_error():
+            if rows.empty:
+                raise InputError(f"{self.csv} has no rows yet; run benchmarks.{self.name} without --tables")
+        return rows
+
     def finished(self, **wanted: Any) -> pd.DataFrame:
         """Returns the rows of this machine that have these values in these columns."""
         table = self.rows(machine())
@@ -67,16 +75,10 @@ class Study:
         with atomic_write(self.csv, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g")
 
-    def write_table(self, text: str, section: str | None = None) -> None:
-        """Replaces what README.md has between the section's marker comments, and says what wrote it and where.
-
-        Args:
-            text: Markdown.
-            section: Name in the marker comments; by default that of the benchmark.
-        """
-        section = section or self.name
+    def write_table(self, text: str) -> None:
+        """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
         readme = self.folder / "README.md"
-        begin, end = f"<!-- begin {section} -->\n", f"<!-- end {section} -->\n"
+        begin, end = f"<!-- begin {self.name} -->\n", f"<!-- end {self.name} -->\n"
         before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
         _, marker, after = rest.partition(end)
         if not marker:
@@ -86,13 +88,15 @@ class Study:
         rows = self.rows()
         commits = ", ".join(f"`{commit}`" for commit in rows["commit"].unique())
         origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {rows['machine'].iloc[-1]}."
+        picture = f"plots/{self.name}.png"
+        shown = f"![{self.name}]({picture})\n\n" if (self.folder / picture).exists() else ""
         with atomic_write(readme, "w") as file:
-            file.write(f"{before}{begin}\n{origin}\n\n{text.strip()}\n\n{end}{after}")
+            file.write(f"{before}{begin}\n{origin}\n\n{text.strip()}\n\n{shown}{end}{after}")
         print(f"\n{text.strip()}\n\n{self.csv}, {readme}", file=sys.stderr)
 
-    def save_figure(self, figure: Figure, name: str | None = None) -> None:
-        """Writes a figure to ``plots/``, by default under the name of the benchmark."""
-        path = self.folder / "plots" / f"{name or self.name}.png"
+    def save_figure(self, figure: Figure) -> None:
+        """Writes the benchmark's figure to ``plots/``."""
+        path = self.folder / "plots" / f"{self.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 

@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         grid = itertools.product(args.kind, args.threads, args.rows)
         for kind, threads, rows in tqdm(list(grid), unit="case"):
             measure(study, kind, threads, rows, args.rounds, args.seconds)
-    summary = harness.compare(study.rows(), CASE, base="ours")
-    study.write_table(table(summary))
+    summary = harness.compare(study.shown(), CASE, base="ours")
     study.save_figure(figure(summary))
+    study.write_table(table(summary))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

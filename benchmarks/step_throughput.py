@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         grid = itertools.product(args.kind, args.hidden, args.batch, args.size, args.threads)
         for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
             measure(study, case, arms)
-    rows = study.rows()
+    rows = study.shown()
     summary = harness.compare(rows, CASE, base="ours")
-    study.write_table(tables(summary, rows))
     study.save_figure(figure(summary))
+    study.write_table(tables(summary, rows))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -115,12 +115,12 @@ def main(argv: list[str] | None = None) -> None:
                     check_scaling(scaling, run)
         except TimeIsUp:
             print("time is up; the same command goes on from here", file=sys.stderr)
-    table = study.rows()
+    table = study.shown()
     table["name"] = table["recipe"].str.partition("/")[2]
     for column in ("data", "threads"):  # of each recipe, what was trained on last
         table = table[table[column] == table.groupby("name")[column].transform("last")]
-    study.write_table(tables(table, scaling.rows()))
     study.save_figure(figure(table))
+    study.write_table(tables(table, scaling.rows()))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
