@@ -68,7 +68,8 @@ class Study:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements."""
-        origin = {"commit": (git_commit(ROOT) or "unknown")[:10], "machine": machine()}
+        commit = git_commit(ROOT) or "unknown"
+        origin = {"commit": commit[:10] + "+" * commit.endswith("+"), "machine": machine()}
         table = pd.DataFrame([row | origin for row in rows])
         if self.csv.exists():
             table = pd.concat([pd.read_csv(self.csv), table])
