@@ -10,15 +10,17 @@ training loop.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import pickle
 import platform
 import shlex
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
     if not args.quiet:
         print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
+
+    def save_checkpoint(state: dict[str, Any]) -> None:
+        run.save_checkpoint(state)
+        raise_if_interrupted()
+
     try:
-        with tracker:
-            train_ensemble(
-                ensemble, config, train, holdout, tracker, args.track_training, checkpoint, run.save_checkpoint
-            )
+        with tracker, interruptible() as raise_if_interrupted:
+            train_ensemble(ensemble, config, train, holdout, tracker, args.track_training, checkpoint, save_checkpoint)
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
             metadata = build_metadata(config, dataset, split, scores, elites, run)
@@ -322,6 +327,31 @@ def check_outputs(args: argparse.Namespace) -> None:
         except OSError as error:
             reason = f"{existing}: {error.strerror}"
             raise InputError(f"{str(path)!r} cannot be written ({reason}); give another path") from None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Lets SIGTERM, as schedulers send it, end the block like Ctrl-C does: by a KeyboardInterrupt.
+
+    Yields:
+        A function that raises it again. Python drops an exception that a signal raises inside a finaliser.
+    """
+    received = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def raise_again() -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield raise_again
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def find_device(name: str) -> str:

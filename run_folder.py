@@ -8,6 +8,7 @@ checkpoint    everything needed to go on after the last finished epoch; removed 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -119,13 +120,13 @@ class RunFolder:
         """Replaces the checkpoint in one step; where the disk refuses, warns once and keeps the one before."""
         import torch
 
+        # Into memory first: PyTorch's writer ends the process if the file it writes to fails or Ctrl-C comes.
+        serialised = io.BytesIO()
+        torch.save(state, serialised)
         try:
             with atomic_write(self.path / "checkpoint") as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:
-            # PyTorch's writer ends whatever interrupts it, a full disk or Ctrl-C, with a RuntimeError of its own.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+                file.write(serialised.getbuffer())
+        except OSError as error:
             if not self._warned:
                 print(f"warning: no checkpoint could be written ({error}); training goes on", file=sys.stderr)
             self._warned = True

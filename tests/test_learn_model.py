@@ -398,7 +398,8 @@ def test_a_run_killed_again_and_again_ends_as_the_whole_one(linear_dataset, work
     assert metrics.read_bytes() == Path("logs/whole/metrics.csv").read_bytes()
 
 
-def test_ctrl_c_says_how_to_go_on(linear_dataset, workplace):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "a scheduler's signal"])
+def test_an_interrupted_run_says_how_to_go_on(linear_dataset, workplace, number):
     command = [*arguments(linear_dataset, published("dnn"), "fit_epochs=100000"), "--run_name", "mine"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "learn_model.py"), *command], stderr=subprocess.PIPE, text=True
@@ -406,11 +407,30 @@ def test_ctrl_c_says_how_to_go_on(linear_dataset, workplace):
     while not Path("logs/mine/checkpoint").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume --run_name mine" in shown
     assert "Traceback" not in shown
+
+
+def test_an_interrupt_that_python_drops_ends_the_run_at_its_next_epoch(linear_dataset, workplace, monkeypatch, capsys):
+    class Dropped:
+        def __del__(self):  # Python prints an exception that is raised here, and goes on
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+
+    def drop(*_, **__):
+        Dropped()
+        return kept(*_, **__)
+
+    kept = learn_model.metric_rows
+    monkeypatch.setattr("learn_model.metric_rows", drop)
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    assert main([*arguments(linear_dataset, published("dnn")), "--run_name", "mine"]) == 130
+    assert "--resume --run_name mine" in capsys.readouterr().err
+    assert len(read(Path("logs/mine/metrics.csv"))) == 3  # the epoch in which it came
 
 
 def test_resume_without_a_checkpoint_starts_anew(linear_dataset, workplace):

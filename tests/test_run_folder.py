@@ -1,5 +1,3 @@
-import contextlib
-import io
 import json
 import multiprocessing
 import resource
@@ -75,18 +73,6 @@ def test_a_checkpoint_that_cannot_be_written_warns_and_keeps_the_one_before(tmp_
     process.join()
     assert run.load_checkpoint("cpu") == {"epochs": 1}
     assert [path.name for path in run.path.iterdir() if path.suffix == ".tmp"] == []
-
-
-def test_ctrl_c_while_a_checkpoint_is_written_is_no_write_error(tmp_path, monkeypatch):
-    run = begin(tmp_path)
-
-    class Interrupted(io.BytesIO):
-        def write(self, data):
-            raise KeyboardInterrupt  # where Python would raise it for a signal that came during the write
-
-    monkeypatch.setattr("run_folder.atomic_write", lambda path: contextlib.nullcontext(Interrupted()))
-    with pytest.raises(KeyboardInterrupt):
-        run.save_checkpoint({"epochs": 1, "weight": torch.zeros(1000)})
 
 
 def test_the_latest_unfinished_run_that_asked_for_the_same_is_found(tmp_path):
