@@ -743,7 +743,7 @@ class DynamicsEnsemble(nn.Module):
         if not fits or (states.shape[-1], actions.shape[-1]) != (self.state_dim, self.action_dim):
             raise ValueError(
                 f"rollout got states {tuple(states.shape)} and actions {tuple(actions.shape)}; expected "
-                f"(batch, state_dim) and (batch, horizon, action_dim) with {self.state_dim} and {self.action_dim} dimensions"
+                f"(batch, state_dim) and (batch, horizon, action_dim) of {self.state_dim} and {self.action_dim}"
             )
         if propagation == "member":
             states = states.expand(len(self), -1, -1)
