@@ -207,7 +207,7 @@ def values_table(logs: dict[tuple[str, str, str], LogErrors]) -> pd.DataFrame:
         if metric == "nrmse":
             spread = _standard_deviation(list(errors.by_seed.values()))
             records.append({"metric": "sd_log_nrmse", **record, "value": spread})
-    return pd.DataFrame(records)
+    return pd.DataFrame(records).sort_values("metric", key=lambda names: names.map(list(PRIMARY).index), kind="stable")
 
 
 def paired_table(

@@ -55,6 +55,9 @@ ANSWERS_INTRO = (
 )
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 _MARKERS = "osD^vP"
+_WIDE_FIGURES = (
+    "figure { overflow-x: auto; } figure img, figcaption { max-width: 1100px; } figure img { min-width: 640px; }"
+)
 _ALPHA = 0.05
 _LEAST_SPAN = 1.5  # of the axis of a figure about spread
 
@@ -342,4 +345,4 @@ def html_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Section]
             for name, table in section.details.items()
         ]
         parts.append("</section>")
-    return PAGE.format(title=title, style=CSS + "figure img, figcaption { max-width: 1100px; }", body="\n".join(parts))
+    return PAGE.format(title=title, style=CSS + _WIDE_FIGURES, body="\n".join(parts))
