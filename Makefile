@@ -42,7 +42,7 @@ logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
 
 # What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
 # Every tier runs as two processes of one thread each, which share its cells: on two cores some two hours for the first
-# tier and three to four for all.
+# tier and four for all.
 COMPARE = $(BIN)/python compare_models.py
 ARMS := configs/study/dnn.yaml configs/study/pnn.yaml configs/study/pnn_beta.yaml
 twice = $(COMPARE) $(1) --quiet & $(COMPARE) $(1); status=$$?; wait; exit $$status
