@@ -63,14 +63,8 @@ def run(command: str, *more: str) -> None:
 
 
 def test_every_kind_of_command_is_known_here():
-    known = (
-        "python learn_model.py",
-        "python collect_dataset.py",
-        "python examples/",
-        "pip install -r",
-        "mlflow ui",
-        "make ",
-    )
+    scripts = ("learn_model.py", "evaluate_model.py", "compare_models.py", "collect_dataset.py", "examples/")
+    known = (*(f"python {script}" for script in scripts), "pip install -r", "mlflow ui", "make ")
     assert len(COMMANDS) >= 10
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 
@@ -92,6 +86,21 @@ def test_collection_commands_run(clone, command):
     run(command, *(TINY["collect_dataset.py"] if training else ["--steps", "300"]))
     (made,) = clone.glob("*.hdf5")
     assert load_dataset(str(made)).num_rows == 300
+
+
+def test_the_evaluation_command_runs(clone):
+    trained = next(command for command in python_commands("learn_model.py") if "--test_ratio" in command)
+    run(trained, *TINY["learn_model.py"])
+    (command,) = python_commands("evaluate_model.py")
+    run(command, "--max_starts", "20", "--horizons", "1", "5")
+    (report,) = (clone / "reports").glob("*/report.html")
+    assert report.stat().st_size > 10_000
+
+
+def test_the_comparison_command_runs(clone):
+    (command,) = python_commands("compare_models.py")
+    run(command, "--seeds", "2", "--learning_rates", "0.004", *TINY["learn_model.py"])
+    assert (clone / "reports" / "first" / "report.html").exists()
 
 
 def test_the_example_loads_a_model(clone):
@@ -124,4 +133,4 @@ def test_the_file_tree_names_every_module():
     tree = README.split("## Where things are")[1].split("```")[1]
     modules = {path.name for path in ROOT.glob("*.py")}
     assert {name for name in modules if name not in tree} == set()
-    assert {name for name in re.findall(r"^(\w+\.py)", tree, flags=re.MULTILINE) if name not in modules} == set()
+    assert {name for name in re.findall(r"^ *(\w+\.py)", tree, flags=re.MULTILINE) if name not in modules} == set()
