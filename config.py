@@ -112,7 +112,7 @@ class LearnConfig:
             len(decays) == layers,
             "weight_decay",
             self.weight_decay,
-            f"one number, or one for each of the {layers} layers (hidden layers and output)",
+            f"one number, such as 0, or one for each of the {layers} layers (hidden layers and output)",
         )
         _require(
             self.scheduler != "multistep" or len(self.scheduler_milestones) > 0,
@@ -160,7 +160,7 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Learn
             raise InputError(f"--params got {override!r}; expected key=value, such as fit_epochs=100")
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # PyYAML lets through what its own conversions raise
             raise InputError(f"--params {key}: {text!r} cannot be read as a value; quote it as in YAML") from None
     return config_from_dict(values, source=str(path))
 
@@ -196,7 +196,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"configuration {str(path)!r} does not exist{near}; see the folder configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"configuration {str(path)!r} cannot be read ({error}); expected a YAML text file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
     if values is None:  # a file of comments only: all defaults
         return {}

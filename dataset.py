@@ -148,7 +148,7 @@ def _load_source(name: str, simulator_states: bool, quiet: bool) -> Dataset:
         raise InputError(f"{path} may not be read; change its permissions")
     if is_pickle(path):
         trajectories, metadata = read_pickle(path, simulator_states)
-        env_name = metadata.get("env_name")
+        env_name = _plain_name(metadata.get("env_name"), path)
     else:
         limit = d4rl_registry.episode_limit(name) if is_d4rl else None
         trajectories, env_name = read_hdf5(path, simulator_states, limit)
@@ -204,13 +204,23 @@ def _load_cache(name: str, dataset_path: Path, simulator_states: bool) -> Datase
     if metadata.get("dataset") != name:
         raise InputError(f"{dataset_path} holds dataset {metadata.get('dataset')!r}, asked for was {name!r}; {remedy}")
     cached_sha256, (source, _) = metadata.get("sha256"), _locate(name)
+    if cached_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(cached_sha256)):
+        raise InputError(f"{dataset_path} has the sha256 {cached_sha256!r}; expected 64 hexadecimal digits; {remedy}")
     if cached_sha256 is not None and source.is_file() and cached_sha256 != (found := _sha256(source)):
         raise InputError(
             f"{dataset_path} was made of another {name!r} (sha256 {cached_sha256:.12}) than {source} is now "
             f"({found:.12}); {remedy}"
         )
     check_together(trajectories, str(dataset_path))
-    return Dataset(name, metadata.get("env_name"), cached_sha256 or _sha256(dataset_path), trajectories)
+    env_name = _plain_name(metadata.get("env_name"), dataset_path)
+    return Dataset(name, env_name, cached_sha256 or _sha256(dataset_path), trajectories)
+
+
+def _plain_name(env_name: object, path: Path) -> str | None:
+    """Returns an environment's name from a pickle as a plain string: it becomes part of ``model.pkl``."""
+    if env_name is not None and not isinstance(env_name, str):
+        raise InputError(f"{path} has the env_name {env_name!r}; expected a string")
+    return None if env_name is None else str(env_name)
 
 
 def _write_cache(dataset: Dataset, dataset_path: Path) -> None:
@@ -256,11 +266,7 @@ def split_trajectories(
     Raises:
         InputError: If a ratio is out of range, both holdout sizes are given, or a side would get no transition.
     """
-    for flag, ratio in (("holdout_ratio", holdout_ratio), ("test_ratio", test_ratio)):
-        if not 0 <= ratio < 1:
-            raise InputError(f"{flag} is {ratio}; expected a share of the data, 0 <= {flag} < 1")
-    if holdout_ratio and holdout_samples is not None:
-        raise InputError("holdout_ratio and holdout_samples are both given; give one of them")
+    check_shares(holdout_ratio, holdout_samples, test_ratio)
     order = np.random.default_rng(split_seed).permutation(len(dataset.trajectories))
     sizes = np.array([dataset.trajectories[index].num_transitions for index in order])
     num_test = _count_for_ratio(sizes, test_ratio)
@@ -276,6 +282,19 @@ def split_trajectories(
         )
     parts = (order[train], order[train.stop :], order[: train.start])
     return Split(*(np.sort(part).astype(np.int64) for part in parts))
+
+
+def check_shares(holdout_ratio: float, holdout_samples: int | None, test_ratio: float) -> None:
+    """Checks what can be checked of a split before the dataset is there.
+
+    Raises:
+        InputError: If a ratio is out of range, or both holdout sizes are given.
+    """
+    for flag, ratio in (("holdout_ratio", holdout_ratio), ("test_ratio", test_ratio)):
+        if not 0 <= ratio < 1:
+            raise InputError(f"{flag} is {ratio}; expected a share of the data, 0 <= {flag} < 1")
+    if holdout_ratio and holdout_samples is not None:
+        raise InputError("holdout_ratio and holdout_samples are both given; give one of them")
 
 
 def _count_for_ratio(sizes: np.ndarray, ratio: float) -> int:

@@ -322,6 +322,13 @@ class DynamicsNetwork(nn.Module):
         """
         return self.interpret(self.dynamics(inputs))
 
+    def parts(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters of the dynamics and, if it is learned, of the reward: no gradient joins the two."""
+        reward = [] if self.reward is None else list(self.reward.parameters())
+        known = {id(parameter) for parameter in reward}
+        dynamics = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return [dynamics, reward] if reward else [dynamics]
+
     def normalise_inputs(self, states: Tensor, actions: Tensor) -> Tensor:
         """Raw ``(..., state_dim)`` and ``(..., action_dim)`` to normalised ``(..., state_dim + action_dim)``."""
         return (torch.cat((states, actions), dim=-1) - self.input_shift) / self.input_scale

@@ -13,9 +13,12 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import math
+import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -39,21 +42,31 @@ _TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command: everything a user can get wrong is checked before the first file is written."""
+    """Runs the command: everything a user can get wrong is checked before training, and before the run is written."""
     args = parse_arguments(argv)
+    try:
+        with interruptible() as raise_if_interrupted:
+            return learn(args, raise_if_interrupted)
+    except KeyboardInterrupt:
+        print("interrupted before training began", file=sys.stderr)
+        return 130
+
+
+def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) -> int:
+    """Checks, trains and saves; returns the exit code."""
     with exit_on_input_error():
         config = load_config(args.config, args.params)
         if args.seed is not None:
             config = dataclasses.replace(config, seed=args.seed)
         holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None
         if config.patience is not None and not holds_out:
-            raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.1")
+            raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.2")
         check_outputs(args)
-        device = find_device("cpu" if args.cpu else args.device)
+        device = find_device(args.device)
 
-        from dataset import gather_transitions, holdout_rows, load_dataset, split_trajectories
-        from report import plot_learning_curves
+        from dataset import check_shares, gather_transitions, holdout_rows, load_dataset, split_trajectories
 
+        check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio)
         dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
         split = split_trajectories(
             dataset,
@@ -68,30 +81,31 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = run.load_checkpoint(device)
         tracker = open_trackers(args, dataset, ensemble, run, checkpoint)
 
-    train = ensemble.normalise(transitions)
-    holdout = ensemble.normalise(gather_transitions(dataset, split.holdout)) if holds_out else None
-    if holds_out:
-        ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
-    if not args.quiet:
-        print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
-
     def save_checkpoint(state: dict[str, Any]) -> None:
         run.save_checkpoint(state)
         raise_if_interrupted()
 
     try:
-        with tracker, interruptible() as raise_if_interrupted:
+        with tracker:
+            train = ensemble.normalise(transitions)
+            holdout = ensemble.normalise(gather_transitions(dataset, split.holdout)) if holds_out else None
+            if holds_out:
+                ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
+            if not args.quiet:
+                print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
             train_ensemble(ensemble, config, train, holdout, tracker, args.track_training, checkpoint, save_checkpoint)
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
             metadata = build_metadata(config, dataset, split, scores, elites, run)
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
-            curves = plot_learning_curves(args.csv or run.metrics_csv, run.path / "learning_curves.png")
-            files = [run.config_yaml, args.csv or run.metrics_csv, curves, args.output]
-            tracker.finish(summarise(scores, elites), files)
+
+            from report import plot_learning_curves
+
+            curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
+            tracker.finish(summarise(scores, elites), [run.config_yaml, run.metrics_csv, curves, args.output])
     except FloatingPointError as error:
-        print(f"error: {error}; its metrics are in {args.csv or run.metrics_csv}", file=sys.stderr)
+        print(f"error: {error}; its metrics are in {run.metrics_csv}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error}; run {run.name} is kept: mend it and go on with --resume", file=sys.stderr)
@@ -101,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     run.finish({"output": str(args.output), "scores": scores, "elites": elites})
     if not args.quiet:
-        print(results_table(scores, elites, args, run))
+        print(results_table(scores, elites, args.output, run))
     return 0
 
 
@@ -160,16 +174,17 @@ def train_ensemble(
                 objective = objective + network.reward_loss(batch)
             optimizer.zero_grad(set_to_none=True)
             objective.sum().backward()  # members share no parameter: each gets its own gradient
-            if config.grad_clip is not None:
-                clip_gradients(network.parameters(), config.grad_clip)
+            for part in network.parts() if config.grad_clip is not None else ():
+                clip_gradients(part, config.grad_clip)
             optimizer.step()
             loss_sum += reported * batch.inputs.shape[1]
 
-        is_scored = track_training or epoch in (0, config.fit_epochs - 1) or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
-        train_scores = network.score(train) if is_scored else {}
         holdout_scores = network.score(holdout) if holdout is not None else {}
         if best is not None:
             best.update(network, holdout_scores["mse"])
+        is_last = epoch == config.fit_epochs - 1 or (best is not None and all(best.stopped))
+        is_scored = track_training or epoch == 0 or is_last or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
+        train_scores = network.score(train) if is_scored else {}
         tracker.log_epoch(
             epoch, metric_rows(ensemble, config, epoch, (loss_sum / rows).tolist(), train_scores, holdout_scores)
         )
@@ -207,25 +222,20 @@ def metric_rows(
     """
     from optimisation import learning_rate
 
-    rows = []
-    for member in range(len(ensemble)):
-
-        def of_member(scores: dict[str, list[float]], name: str, member: int = member) -> float | None:
-            return scores[name][member] if name in scores else None
-
-        row = {
-            "step": epoch,
-            "model_id": member,
-            ensemble.member_class.loss_name: losses[member],
-            "lr": learning_rate(config, epoch),
-            "train_mse": of_member(train_scores, "mse"),
-            "val_mse": of_member(holdout_scores, "mse"),
-            "nll": of_member(holdout_scores, "nll"),
-            "reward_train_mse": of_member(train_scores, "reward_mse"),
-            "reward_val_mse": of_member(holdout_scores, "reward_mse"),
-        }
-        rows.append({column: row[column] for column in metric_columns(ensemble)})
-    return rows
+    missing = [None] * len(ensemble)
+    columns = {
+        "step": [epoch] * len(ensemble),
+        "model_id": range(len(ensemble)),
+        ensemble.member_class.loss_name: losses,
+        "lr": [learning_rate(config, epoch)] * len(ensemble),
+        "train_mse": train_scores.get("mse", missing),
+        "val_mse": holdout_scores.get("mse", missing),
+        "nll": holdout_scores.get("nll", missing),
+        "reward_train_mse": train_scores.get("reward_mse", missing),
+        "reward_val_mse": holdout_scores.get("reward_mse", missing),
+    }
+    names = metric_columns(ensemble)
+    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
 
 
 # --- The command line ---
@@ -298,13 +308,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="keep the prepared dataset here as a (paths, metadata) pickle, and reuse it if it is the one asked for",
     )
-    parser.add_argument(
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
         "--device",
         default="auto",
         metavar="auto|cpu|cuda|cuda:N",
         help="where to compute (default: auto, CUDA if there)",
     )
-    parser.add_argument("--cpu", action="store_true", help="shorthand for --device cpu")
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="shorthand for --device cpu")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser.parse_args(argv)
 
@@ -313,20 +324,32 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Checks that what the run will write can be written where it was asked for, without writing it.
 
     Raises:
-        InputError: If a path is a folder, its nearest existing folder takes no file, or the run's name is a path.
+        InputError: If a path is no file, is that of another flag, or its nearest existing folder takes no file, or if
+            the run's name is no plain name.
     """
-    if args.run_name is not None and Path(args.run_name).name != args.run_name:
-        raise InputError(f"--run_name got {args.run_name!r}; expected a plain name: it becomes a folder in logs/")
-    for path in filter(None, (args.output, args.csv)):
-        if path.is_dir():
-            raise InputError(f"{str(path)!r} is a folder; give the name of a file in it")
+    if args.run_name is not None and not re.fullmatch(r"[\w-][\w.+-]*", args.run_name):
+        raise InputError(
+            f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
+        )
+    written = {"--output": args.output, "--csv": args.csv, "--dataset_path": args.dataset_path}
+    taken = {Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
+    for flag, path in written.items():
+        if path is None:
+            continue
+        if path.exists() and not path.is_file():
+            raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise InputError(
+                f"{flag} {str(path)!r} is the file of {other}, which it would overwrite; give another path"
+            )
         existing = next(parent for parent in path.absolute().parents if parent.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             reason = f"{existing}: {error.strerror}"
-            raise InputError(f"{str(path)!r} cannot be written ({reason}); give another path") from None
+            raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
 
 
 @contextlib.contextmanager
@@ -385,6 +408,7 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
         beta_nll=config.beta_nll,
         beta_nll_decay=config.beta_nll_decay,
     )
+    check_size(config, architecture.state_dim, architecture.action_dim)
     try:
         normalisation = Normalisation.from_transitions(transitions)
     except ValueError as error:
@@ -400,6 +424,23 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
         for member in range(config.ensemble_size)
     ]
     return DynamicsEnsemble(members, config.seed)
+
+
+def check_size(config: LearnConfig, state_dim: int, action_dim: int) -> None:
+    """Refuses an ensemble whose training cannot fit into this machine's memory, such as a typing error makes.
+
+    Raises:
+        InputError: If parameters, gradients, Adam's two moments, best weights and a checkpoint take more than there is.
+    """
+    widths = [state_dim + action_dim, *config.hidden_size, (1 + config.probabilistic) * state_dim]
+    weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+    needed = 4 * 6 * weights * config.ensemble_size  # bytes
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise InputError(
+            f"{config.ensemble_size} members with layers {list(config.hidden_size)} need {needed / 2**30:.3g} GiB to "
+            f"train, this machine has {available / 2**30:.3g}; lower ensemble_size or hidden_size"
+        )
 
 
 def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:
@@ -423,7 +464,9 @@ def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) ->
             "git_commit": git_commit(Path(__file__).parent),
             "versions": versions(),
         }
-        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin)
+        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin, args.csv)
+    elif args.csv is not None and args.csv.resolve() != run.metrics_csv.resolve():
+        raise InputError(f"run {run.name!r} has its metrics in {run.metrics_csv}, not in {args.csv}; leave --csv out")
     run.hold(config.to_yaml())
     return run
 
@@ -442,7 +485,7 @@ def open_trackers(
     config = request["config"]
     epochs = None if checkpoint is None else checkpoint["epochs"]
     try:
-        csv_tracker = CsvTracker(args.csv or run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
+        csv_tracker = CsvTracker(run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
         mlflow_tracker = MlflowTracker(
             run_name=run.name,
             params=config | {name: request[name] for name in ("holdout_ratio", "holdout_samples", "test_ratio")},
@@ -493,6 +536,9 @@ def score_members(
             raise FloatingPointError(
                 f"member {member} diverged: its error is not finite; lower fit_lr or set grad_clip"
             )
+    rewards = train_scores.get("reward_mse", []) + holdout_scores.get("reward_mse", [])
+    if not all(map(math.isfinite, rewards)):
+        raise FloatingPointError("the reward network diverged: its error is not finite; lower fit_lr or set grad_clip")
     return scores
 
 
@@ -561,9 +607,7 @@ def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, dev
     )
 
 
-def results_table(
-    scores: list[dict[str, float | None]], elites: list[int], args: argparse.Namespace, run: RunFolder
-) -> str:
+def results_table(scores: list[dict[str, float | None]], elites: list[int], output: Path, run: RunFolder) -> str:
     """Returns the final scores per member, and what to do next, as text."""
     names = [name for name in scores[0] if scores[0][name] is not None]
     lines = ["member  " + "  ".join(f"{name:>10}" for name in names)]
@@ -573,8 +617,8 @@ def results_table(
     lines += [
         "* elite; errors in units of each dimension's mean absolute deviation (squared), nll in nats",
         "",
-        f"model   {args.output}   (load it: dynamics_model.load_ensemble({str(args.output)!r}))",
-        f"metrics {args.csv or run.metrics_csv}",
+        f"model   {output}   (load it: dynamics_model.load_ensemble({str(output)!r}))",
+        f"metrics {run.metrics_csv}",
         f"look    mlflow ui --port 5000   (run {run.name})",
     ]
     return "\n".join(lines)

@@ -8,10 +8,10 @@ checkpoint    everything needed to go on after the last finished epoch; removed 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,9 @@ class RunFolder:
         self._warned = False
 
     @classmethod
-    def create(cls, logs: Path, name: str, request: dict[str, Any], origin: dict[str, Any]) -> RunFolder:
+    def create(
+        cls, logs: Path, name: str, request: dict[str, Any], origin: dict[str, Any], csv: Path | None = None
+    ) -> RunFolder:
         """Makes the folder of a new run; ``hold`` then writes its first files.
 
         Args:
@@ -46,22 +48,32 @@ class RunFolder:
             name: Name of the run.
             request: What decides its result, in plain Python types.
             origin: Where it comes from: commit, versions, command.
+            csv: Where its metrics go; None for the folder.
 
         Raises:
             InputError: If a run of this name is there already, or the folder cannot be made.
         """
         path = logs / name
-        if path.exists():
+        if (path / "run.json").exists():  # without, it was cut off before it began
             raise InputError(
                 f"run {name!r} exists already ({path}); go on with it by --resume, or give another --run_name"
             )
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"the run folder {path} cannot be made ({error.strerror}); check disk and rights"
             ) from None
-        return cls(path, {"request": request, "origin": origin, "mlflow_run_id": None, "finished": None})
+        return cls(
+            path,
+            {
+                "request": request,
+                "origin": origin,
+                "csv": csv and str(csv.absolute()),
+                "mlflow_run_id": None,
+                "finished": None,
+            },
+        )
 
     @classmethod
     def find_unfinished(cls, logs: Path, name: str | None, request: dict[str, Any]) -> RunFolder | None:
@@ -75,6 +87,10 @@ class RunFolder:
                 record = json.loads((path / "run.json").read_text(encoding="utf-8"))
             except FileNotFoundError:
                 continue  # killed before its first file: nothing to go on from
+            except ValueError:
+                if name is None:
+                    continue
+                raise InputError(f"{path / 'run.json'} is damaged; give another --run_name to train anew") from None
             if record["request"] == request and record["finished"] is None:
                 return cls(path, record)
             if name is not None:
@@ -88,8 +104,8 @@ class RunFolder:
 
     @property
     def metrics_csv(self) -> Path:
-        """Where metrics go unless ``--csv`` says otherwise."""
-        return self.path / "metrics.csv"
+        """Where its metrics are."""
+        return Path(self.record["csv"] or self.path / "metrics.csv")
 
     @property
     def config_yaml(self) -> Path:
@@ -100,15 +116,22 @@ class RunFolder:
         """Takes the folder for this process until it ends, and writes the configuration and ``run.json``.
 
         Raises:
-            InputError: If another process trains this run.
+            InputError: If another process trains this run, or the folder cannot be written.
         """
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise InputError(f"run {self.name!r} is being trained by another process; wait for it or stop it") from None
-        with atomic_write(self.config_yaml, "w") as file:
-            file.write(config_yaml)
-        self.update()
+        for leftover in self.path.glob(".*.tmp"):  # of writes that a kill cut off
+            leftover.unlink()
+        try:
+            with atomic_write(self.config_yaml, "w") as file:
+                file.write(config_yaml)
+            self.update()
+        except OSError as error:
+            if not (self.path / "run.json").exists():
+                self.discard()
+            raise InputError(f"the run folder {self.path} cannot be written ({error.strerror}); free space") from None
 
     def update(self, **entries: Any) -> None:
         """Sets entries of ``run.json``."""
@@ -139,9 +162,13 @@ class RunFolder:
         return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
 
     def discard(self) -> None:
-        """Removes the folder of a run that could not begin."""
+        """Removes the files of a run that could not begin, and its folder."""
         self._lock.release()
-        shutil.rmtree(self.path)
+        for path in (self.config_yaml, self.path / "run.json", self.path / ".lock"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: something else is in it
+            self.path.rmdir()
+            self.path.parent.rmdir()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as finished and removes its checkpoint, which nothing will go on from."""

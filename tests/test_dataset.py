@@ -646,3 +646,19 @@ def test_source_attributes_tell_how_a_file_was_made(tmp_path):
         == dataset.source_attributes(str(tmp_path / "missing"))
         == {}
     )
+
+
+@pytest.mark.parametrize("env_name", [np.zeros(2), 3])
+def test_an_environment_name_that_is_no_string_is_refused(tmp_path, env_name):
+    path = tmp_path / "paths.pkl"
+    paths = [{"observations": np.eye(3), "actions": np.eye(3), "rewards": np.zeros(3), "terminals": np.zeros(3, bool)}]
+    path.write_bytes(pickle.dumps((paths, METADATA | {"env_name": env_name})))
+    with pytest.raises(InputError, match="expected a string"):
+        load_dataset(str(path))
+
+
+def test_an_environment_name_of_numpys_becomes_a_plain_string(tmp_path):
+    path = tmp_path / "paths.pkl"
+    paths = [{"observations": np.eye(3), "actions": np.eye(3), "rewards": np.zeros(3), "terminals": np.zeros(3, bool)}]
+    path.write_bytes(pickle.dumps((paths, METADATA | {"env_name": np.str_("Hopper-v5")})))
+    assert type(load_dataset(str(path)).env_name) is str

@@ -256,6 +256,17 @@ def test_help_needs_no_heavy_import():
         (["--device", "gpu"], ["gpu", "auto"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--run_name", "a/../b"], ["run_name"]),
+        (["--run_name", ".."], ["run_name"]),
+        (["--device", "cpu", "--cpu"], ["--cpu", "not allowed"]),
+        (["--csv", "same", "--output", "same"], ["--csv", "--output", "overwrite"]),
+        (["--dataset_path", "same", "--output", "./same"], ["--dataset_path", "--output", "overwrite"]),
+        (["--output", "../data/linear.hdf5"], ["--dataset", "overwrite"]),
+        (["--output", "/dev/null"], ["device"]),
+        (["--holdout_ratio", "2", "--dataset_path", "cache.pkl"], ["holdout_ratio"]),
+        (["--params", "ensemble_size=100000000000"], ["GiB", "ensemble_size"]),
+        (["--params", "hidden_size=10000000000"], ["GiB", "hidden_size"]),
+        (["--params", "seed=2020-13-45"], ["seed"]),
+        (["--params", "hidden_size=" + "[" * 3000], ["hidden_size"]),
         (["--unknown"], ["--unknown", "--help"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -270,6 +281,12 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(linear_dataset, w
     for word in words:
         assert word in shown
     assert list(workplace.iterdir()) == []
+
+
+def test_a_named_run_cut_off_before_its_first_file_starts_anew(linear_dataset, workplace):
+    (workplace / "logs" / "mine").mkdir(parents=True)
+    assert main([*arguments(linear_dataset, published("dnn")), "--run_name", "mine", "--resume"]) == 0
+    assert (workplace / "logs" / "mine" / "metrics.csv").exists()
 
 
 def test_a_run_name_is_never_trained_twice(linear_dataset, workplace, capsys):
@@ -338,6 +355,23 @@ def test_a_linear_system_is_learned(linear_dataset, probabilistic):
     untrained = max(ensemble.network.score(holdout)["mse"])
     train_ensemble(ensemble, config, train, holdout, NullTracker())
     assert max(ensemble.network.score(holdout)["mse"]) < 0.005 < 0.5 < untrained
+
+
+def test_clipping_treats_dynamics_and_reward_apart(linear_dataset):
+    trained = []
+    for learn_reward in (False, True):
+        config, ensemble, train, holdout = prepare(linear_dataset, learn_reward=learn_reward, grad_clip=0.1)
+        train_ensemble(ensemble, config, train, holdout, NullTracker())
+        trained.append([parameter.detach().numpy().copy() for parameter in ensemble.network.dynamics.parameters()])
+    assert_same_bits(*trained)
+
+
+def test_the_last_epoch_is_scored_where_patience_ends_training(linear_dataset):
+    config, ensemble, train, holdout = prepare(linear_dataset, fit_epochs=200, patience=2, fit_lr=0.3, scheduler=None)
+    recorder = Recorder()
+    train_ensemble(ensemble, config, train, holdout, recorder)
+    assert len(recorder.epochs) < 200
+    assert all(row["train_mse"] is not None for row in recorder.epochs[-1])
 
 
 def test_early_stopping_ends_when_all_members_have_lost_patience(linear_dataset):
@@ -412,6 +446,29 @@ def test_an_interrupted_run_says_how_to_go_on(linear_dataset, workplace, number)
     assert process.returncode == 130
     assert "--resume --run_name mine" in shown
     assert "Traceback" not in shown
+
+
+def test_a_resumed_run_remembers_where_its_csv_is(linear_dataset, workplace, capsys):
+    command = [*arguments(linear_dataset, published("dnn"), "fit_epochs=100000"), "--run_name", "mine"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "learn_model.py"), *command, "--csv", "m.csv"])
+    while not Path("logs/mine/checkpoint").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with pytest.raises(SystemExit):
+        main([*command, "--resume", "--csv", "other.csv"])
+    assert "m.csv" in capsys.readouterr().err
+    before = len(read(Path("m.csv")))
+    process = subprocess.Popen([sys.executable, str(ROOT / "learn_model.py"), *command, "--resume"])
+    while len(read(Path("m.csv"))) <= before + 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    steps = [int(row["step"]) for row in read(Path("m.csv")) if row["model_id"] == "0"]
+    assert steps[:-1] == list(range(len(steps) - 1))
+    assert not Path("logs/mine/metrics.csv").exists()
 
 
 def test_an_interrupt_that_python_drops_ends_the_run_at_its_next_epoch(linear_dataset, workplace, monkeypatch, capsys):

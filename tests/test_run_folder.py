@@ -23,7 +23,7 @@ def begin(logs: Path, name: str = "run", request: dict = REQUEST) -> RunFolder:
 def test_a_new_run_writes_what_was_asked_for_before_training(tmp_path):
     run = begin(tmp_path / "logs")
     record = json.loads((tmp_path / "logs" / "run" / "run.json").read_text())
-    assert record == {"request": REQUEST, "origin": ORIGIN, "mlflow_run_id": None, "finished": None}
+    assert record == {"request": REQUEST, "origin": ORIGIN, "csv": None, "mlflow_run_id": None, "finished": None}
     assert run.config_yaml.read_text() == "seed: 0\n"
 
 
@@ -119,8 +119,31 @@ def test_two_processes_never_train_the_same_run(tmp_path):
 
 
 def test_a_discarded_run_leaves_nothing(tmp_path):
-    begin(tmp_path).discard()
+    begin(tmp_path / "logs").discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_discarding_a_run_spares_what_was_there_before(tmp_path):
+    (tmp_path / "logs" / "run").mkdir(parents=True)
+    (tmp_path / "logs" / "run" / "notes.txt").write_text("mine")
+    begin(tmp_path / "logs").discard()
+    assert [path.name for path in (tmp_path / "logs" / "run").iterdir()] == ["notes.txt"]
+
+
+def test_damaged_records_are_passed_over_unless_named(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    mine = begin(tmp_path, "mine")
+    assert RunFolder.find_unfinished(tmp_path, None, REQUEST).path == mine.path
+    with pytest.raises(InputError, match="damaged"):
+        RunFolder.find_unfinished(tmp_path, "broken", REQUEST)
+
+
+def test_what_a_killed_write_left_behind_is_removed(tmp_path):
+    run = begin(tmp_path)
+    (run.path / ".checkpoint.abc.tmp").write_text("half")
+    run.hold("seed: 0\n")
+    assert not (run.path / ".checkpoint.abc.tmp").exists()
 
 
 def test_made_up_names_are_free(tmp_path, monkeypatch):
