@@ -162,7 +162,12 @@ def numpy_weights(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def make_env(env_id: str) -> gymnasium.Env:
     """Makes the environment and checks that its observations and actions are vectors of numbers."""
-    import gymnasium
+    try:
+        import gymnasium
+    except ImportError:
+        raise InputError(
+            'environments need Gymnasium, which is not installed: pip install "gymnasium[mujoco]"'
+        ) from None
 
     if env_id not in gymnasium.registry:
         raise InputError(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri, warn
 from study_cells import Cell, Result
-from tracking import _client, _experiment_id, _find_run, _lock_store, _tracking_uri, _warn
 
 
 class StudyTracker:
@@ -43,14 +43,14 @@ class StudyTracker:
             action()
         except Exception as error:  # whatever MLflow and the layers below have to say; the CSVs have everything
             self._is_lost = True
-            _warn(f"MLflow has not all of this study ({str(error).partition(chr(10))[0]}); its folder has everything")
+            warn(f"MLflow has not all of this study ({first_line(error)}); its folder has everything")
 
     def _open(self, name: str, params: dict[str, Any]) -> None:
-        self._uri = _tracking_uri()
-        with _lock_store(self._uri):
-            self._mlflow = _client(self._uri)
-            self._experiment = _experiment_id(self._mlflow, "dynamics-ensembles-studies")
-        if _find_run(self._mlflow, self.run_id) is None:
+        self._uri = tracking_uri()
+        with lock_store(self._uri):
+            self._mlflow = open_client(self._uri)
+            self._experiment = find_experiment(self._mlflow, "dynamics-ensembles-studies")
+        if find_run(self._mlflow, self.run_id) is None:
             self.run_id = self._mlflow.create_run(self._experiment, run_name=name).info.run_id
             for key, value in params.items():
                 self._mlflow.log_param(self.run_id, key, str(value)[:500])
@@ -60,7 +60,7 @@ class StudyTracker:
 
         now = int(time.time() * 1000)
         children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
-        with _lock_store(self._uri):  # so that of two processes of a study one logs the cell
+        with lock_store(self._uri):  # so that of two processes of a study one logs the cell
             if self._mlflow.search_runs([self._experiment], children, max_results=1):
                 return
             run = self._mlflow.create_run(

@@ -17,24 +17,22 @@ import csv
 import io
 import itertools
 import json
-import logging
 import os
 import re
-import sqlite3
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
+from mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, sqlite_path, tracking_uri, warn
 from utils import atomic_write, git_commit
 
 if TYPE_CHECKING:
@@ -189,7 +187,7 @@ class CsvTracker(NullTracker):
             ) from None
         epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
         if len(epochs) < count:
-            _warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
+            warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
         return list(itertools.chain.from_iterable(epochs))
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
@@ -211,7 +209,7 @@ class CsvTracker(NullTracker):
                     os.fsync(file.fileno())
         except OSError as error:
             if self._error is None:
-                _warn(f"the CSV {str(self._path)!r} cannot be written ({error}); its rows are kept and tried again")
+                warn(f"the CSV {str(self._path)!r} cannot be written ({error}); its rows are kept and tried again")
             self._error = error
         else:
             self._written_size += len(self._unwritten)
@@ -300,7 +298,7 @@ class MlflowTracker(NullTracker):
         resume_rows: Iterable[Row] = (),
     ):
         self.run_id = resume_run_id
-        self._uri = _tracking_uri()
+        self._uri = tracking_uri()
         self._run_name, self._experiment, self._ensemble_size = run_name, experiment, ensemble_size
         self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
         self._dataset = dataset
@@ -328,7 +326,7 @@ class MlflowTracker(NullTracker):
         try:
             self._send()
         except Exception as error:  # whatever MLflow, SQLAlchemy or the system have to say about the user's store
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise InputError(
                 f"the MLflow store {self._uri!r} cannot be used: {reason}; "
                 "repair it, or set MLFLOW_TRACKING_URI to another store (sqlite:///FILE or http://HOST:PORT)"
@@ -355,7 +353,7 @@ class MlflowTracker(NullTracker):
         values = sum(map(len, self._unsent.values()))
         if values or self._artifacts:
             files = "".join(f", {path.name}" for path in self._artifacts)
-            _warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value")
+            warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value")
 
     def _collect(self, rows: list[Row]) -> None:
         """Takes one epoch: the numbers of each member, and mean, smallest and largest over members for the ensemble."""
@@ -382,8 +380,8 @@ class MlflowTracker(NullTracker):
         except Exception as error:  # any layer below MLflow may raise its own, and none of it may stop training
             self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
             if not self._warned:
-                reason = str(error).partition("\n")[0]
-                _warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
+                reason = first_line(error)
+                warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
             self._warned = True
         else:
             self._pause = self._SECONDS_BETWEEN_SENDS
@@ -415,8 +413,8 @@ class MlflowTracker(NullTracker):
 
     def _open_runs(self) -> None:
         """Finds or makes every run. Called again after a failure, it goes on where it stopped."""
-        with _lock_store(self._uri):
-            client = self._client = _client(self._uri)
+        with lock_store(self._uri):
+            client = self._client = open_client(self._uri)
             parent = self._open_parent(client)
             experiment_id = parent.info.experiment_id
             nested = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'")
@@ -437,11 +435,11 @@ class MlflowTracker(NullTracker):
     def _open_parent(self, client: MlflowClient) -> Run:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        parent = _find_run(client, self.run_id)
+        parent = find_run(client, self.run_id)
         if parent is None:
             if self.run_id is not None:
-                _warn(f"MLflow at {self._uri} has no run {self.run_id} any more; all epochs go to a new one")
-            experiment_id = _experiment_id(client, self._experiment)
+                warn(f"MLflow at {self._uri} has no run {self.run_id} any more; all epochs go to a new one")
+            experiment_id = find_experiment(client, self._experiment)
             parent = client.create_run(experiment_id, tags=self._tags, run_name=self._run_name)
             self.run_id = parent.info.run_id
         known = parent.data.params  # MLflow refuses to change one, as --resume may on another machine
@@ -470,10 +468,10 @@ def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
     """
     from dynamics_model import load_ensemble
 
-    uri = _tracking_uri()
-    with _lock_store(uri):
-        client = _client(uri)
-    if _find_run(client, run_id) is None:
+    uri = tracking_uri()
+    with lock_store(uri):
+        client = open_client(uri)
+    if find_run(client, run_id) is None:
         raise InputError(f"MLflow at {uri} has no run {run_id!r}; mlflow ui shows the ids of the runs")
     models = [artifact.path for artifact in client.list_artifacts(run_id) if artifact.path.endswith(".pkl")]
     if len(models) != 1:
@@ -495,14 +493,14 @@ def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Ite
     """
     uri = "MLflow"
     try:
-        uri = _tracking_uri()
-        if uri.startswith("sqlite:///") and not _sqlite_path(uri).is_file():
+        uri = tracking_uri()
+        if uri.startswith("sqlite:///") and not sqlite_path(uri).is_file():
             raise FileNotFoundError("there is no such store")
-        with _lock_store(uri):
-            client = _client(uri)
+        with lock_store(uri):
+            client = open_client(uri)
         from mlflow.entities import Metric
 
-        if _find_run(client, run_id) is None:
+        if find_run(client, run_id) is None:
             raise LookupError(f"it has no run {run_id}")
         now = int(time.time() * 1000)
         values = {re.sub(r"[^\w./ -]", "_", f"eval/{name}/{key}"): value for key, value in metrics.items()}
@@ -510,82 +508,4 @@ def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Ite
         for path in files:
             client.log_artifact(run_id, str(path), artifact_path=f"evaluation/{name}")
     except Exception as error:  # nothing that a store does may cost the user the report
-        _warn(
-            f"the evaluation is not in MLflow at {uri} ({str(error).partition(chr(10))[0]}); its files have everything"
-        )
-
-
-def _tracking_uri() -> str:
-    """Returns where runs go; refuses a folder in which an old MLflow's files would keep ``mlflow ui`` from starting."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if old := next(Path("mlruns").glob("[0-9]*/meta.yaml"), None):
-        raise InputError(
-            f"{str(old)!r} was left by an older MLflow, beside which today's does not start; bring its runs over with: "
-            "mlflow migrate-filestore --source . --target sqlite:///mlflow.db && rm mlruns/[0-9]*/meta.yaml"
-        )
-    # Absolute, as MLflow remembers stores by their URI; quoted where SQLAlchemy unquotes.
-    path = str(Path("mlflow.db").resolve())
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
-
-
-@contextlib.contextmanager
-def _lock_store(uri: str) -> Iterator[None]:
-    """Lets one process at a time open a SQLite store: those that race to create its tables crash."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    from filelock import FileLock
-
-    path = _sqlite_path(uri)
-    with FileLock(f"{path}.lock", timeout=60):
-        sqlite3.connect(path).close()  # fails at once where MLflow would go on trying for minutes
-        yield
-
-
-def _sqlite_path(uri: str) -> Path:
-    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
-
-
-def _client(uri: str) -> MlflowClient:
-    """Returns a client of a tracking store that keeps quiet, gives up soon, and talks to nobody else."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the tracker tries again itself, later
-    from mlflow.tracking import MlflowClient
-
-    for name in "mlflow", "alembic":
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _experiment_id(client: MlflowClient, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        with contextlib.suppress(MlflowException):  # another process may have made it just now
-            return client.create_experiment(name)
-        experiment = client.get_experiment_by_name(name)
-    return experiment.experiment_id
-
-
-def _find_run(client: MlflowClient, run_id: str | None) -> Run | None:
-    """Returns the run, or None if the store has none of this id or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
-
-
-def _warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # clears a progress bar before and draws it again after
+        warn(f"the evaluation is not in MLflow at {uri} ({first_line(error)}); its files have everything")

@@ -1,26 +1,14 @@
-"""Random seeds, device choice, atomic writes: small functions that know nothing of the domain."""
+"""Device choice, atomic writes, the commit: small functions that know nothing of the domain."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators of Python, NumPy and PyTorch, for code that draws from them."""
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries that still draw from the global generator
-    torch.manual_seed(seed)
 
 
 def choose_device(name: str) -> str:

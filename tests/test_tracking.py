@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tracking
+import mlflow_store
 from errors import InputError
 from tracking import CsvTracker, MlflowTracker, NullTracker, ProgressTracker, Trackers, load_run
 
@@ -270,7 +270,7 @@ def test_trackers_close_the_others_when_one_breaks():
 def empty_store(tmp_path_factory):
     """An MLflow database with its tables, made once as that takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._client(f"sqlite:///{path}").search_experiments()
+    mlflow_store.open_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -280,7 +280,7 @@ def store(empty_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(empty_store, "mlflow.db")
-    return tracking._client(tracking._tracking_uri())
+    return mlflow_store.open_client(mlflow_store.tracking_uri())
 
 
 @pytest.fixture
@@ -477,7 +477,7 @@ def test_processes_that_race_to_create_the_database_all_succeed(tmp_path):
     ]
     run_ids = [training.communicate(timeout=120)[0].strip() for training in trainings]
     assert [training.returncode for training in trainings] == [0, 0]
-    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_store.open_client(f"sqlite:///{tmp_path}/mlflow.db")
     for run_id in run_ids:
         assert_complete(client, run_id, 2)
 
@@ -508,7 +508,7 @@ def test_a_server_that_dies_does_not_stop_training_and_gets_all_when_it_is_back(
         mlflow_command("server", int(address.rpartition(":")[2]))
         tracker.finish(SUMMARY, [Path("model.pkl")])
     assert capfd.readouterr().err == ""
-    client = tracking._client(address)
+    client = mlflow_store.open_client(address)
     assert_complete(client, mlflow.run_id, 30)
     assert client.get_run(mlflow.run_id).info.status == "FINISHED"
     assert Path(client.download_artifacts(mlflow.run_id, "model.pkl", str(tmp_path))).read_bytes() == b"weights"
@@ -591,7 +591,7 @@ def test_the_file_store_of_an_old_mlflow_is_named_with_the_command_that_cures_it
     subprocess.run(command, shell=True, check=True, env=os.environ | {"PATH": path}, capture_output=True)
     with open_mlflow() as tracker:
         run_epochs(tracker, range(1))
-    assert_complete(tracking._client(tracking._tracking_uri()), tracker.run_id, 1)
+    assert_complete(mlflow_store.open_client(mlflow_store.tracking_uri()), tracker.run_id, 1)
 
 
 @pytest.mark.parametrize("uri", ["file store", "unknown scheme", "no database", "a folder", "no folder"])
@@ -641,7 +641,7 @@ def test_load_run_gives_the_ensemble_that_the_run_trained(store, capfd):
     normalisation = Normalisation.from_transitions(Rows)
     streams = [random_stream(0, member, "initialisation") for member in range(2)]
     ensemble = DynamicsEnsemble([DeterministicModel(architecture, normalisation, stream) for stream in streams])
-    Path("hopper.pkl").write_bytes(pickle.dumps((ensemble.members(), {"seed": 0})))
+    Path("hopper.pkl").write_bytes(pickle.dumps((ensemble.members(), {"format_version": 1, "seed": 0})))
     with open_mlflow() as tracker:
         tracker.finish(SUMMARY, [Path("hopper.pkl")])
     Path("hopper.pkl").unlink()

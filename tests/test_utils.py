@@ -1,19 +1,17 @@
-"""utils: devices, atomic writes, seeds, commits; and what the module may be (small, no classes, no domain)."""
+"""utils: devices, atomic writes, commits; and what the module may be (small, no classes, no domain)."""
 
 import ast
 import os
-import random
 import re
 import stat
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import utils
-from utils import atomic_write, choose_device, git_commit, seed_everything
+from utils import atomic_write, choose_device, git_commit
 
 SOURCE = Path(utils.__file__)
 ROOT = SOURCE.parent
@@ -157,17 +155,6 @@ def test_content_is_on_disk_before_it_replaces_the_old_file(tmp_path, monkeypatc
 # --- Seeds and commits ---
 
 
-def test_same_seed_same_global_draws_and_another_seed_other_ones():
-    def draw(seed):
-        seed_everything(seed)
-        legacy = np.random.rand()  # noqa: NPY002 - the global generator is what is seeded
-        return random.random(), legacy, torch.rand(1).item()
-
-    first = draw(3)
-    assert draw(3) == first
-    assert all(ours != other for ours, other in zip(first, draw(4), strict=True))
-
-
 def git(folder, *arguments):
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
     done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
@@ -227,7 +214,7 @@ def test_module_stays_small_has_no_class_and_imports_nothing_of_the_project():
 
     assert len(text.splitlines()) < 100
     assert not [node.name for node in nodes if isinstance(node, ast.ClassDef)]
-    assert "numpy" in imported and not imported & modules
+    assert "tempfile" in imported and not imported & modules
 
 
 def test_module_knows_no_word_of_the_domain():
