@@ -332,7 +332,8 @@ def check_outputs(args: argparse.Namespace) -> None:
             f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
         )
     written = {"--output": args.output, "--csv": args.csv, "--dataset_path": args.dataset_path}
-    taken = {Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
+    bundled = Path(__file__).resolve().parent / "data" / f"{args.dataset}.hdf5"
+    taken = {bundled: "--dataset", Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
     for flag, path in written.items():
         if path is None:
             continue

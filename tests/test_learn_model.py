@@ -283,6 +283,15 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(linear_dataset, w
     assert list(workplace.iterdir()) == []
 
 
+def test_a_bundled_dataset_is_never_written_over(workplace, capsys):
+    bundled = ROOT / "data" / "hopper-medium-demo.hdf5"
+    before = bundled.stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        main([*arguments("hopper-medium-demo", published("dnn")), "--output", str(bundled)])
+    assert "overwrite" in capsys.readouterr().err
+    assert bundled.stat().st_mtime_ns == before
+
+
 def test_a_named_run_cut_off_before_its_first_file_starts_anew(linear_dataset, workplace):
     (workplace / "logs" / "mine").mkdir(parents=True)
     assert main([*arguments(linear_dataset, published("dnn")), "--run_name", "mine", "--resume"]) == 0
