@@ -8,6 +8,8 @@ of the machine that measured last.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -15,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +69,18 @@ class Study:
         return table
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements."""
+        """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements.
+
+        Several processes may add to one file.
+        """
         commit = git_commit(ROOT) or "unknown"
         origin = {"commit": commit[:10] + "+" * commit.endswith("+"), "machine": machine()}
         table = pd.DataFrame([row | origin for row in rows])
-        if self.csv.exists():
-            table = pd.concat([pd.read_csv(self.csv), table])
-        with atomic_write(self.csv, "w") as file:
-            table.to_csv(file, index=False, float_format="%.6g")
+        with locked(self.folder):
+            if self.csv.exists():
+                table = pd.concat([pd.read_csv(self.csv), table])
+            with atomic_write(self.csv, "w") as file:
+                table.to_csv(file, index=False, float_format="%.6g")
 
     def write_table(self, text: str) -> None:
         """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
@@ -100,6 +106,17 @@ class Study:
         path = self.folder / "plots" / f"{self.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process in at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # --- The command line ---

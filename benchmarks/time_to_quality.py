@@ -3,12 +3,17 @@
     python -m benchmarks.time_to_quality --data hopper=logs/hopper-200k.hdf5
     python -m benchmarks.time_to_quality --recipes ours/hopper_dnn --seeds 0
     python -m benchmarks.time_to_quality --minutes 60
+    python -m benchmarks.time_to_quality --times
     python -m benchmarks.time_to_quality --quick
 
-Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once. A published recipe (a file of
-``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which one member stands for seven: its time
-counts seven times, and a short stretch in turn with seven members checks that it may. The same whole trajectories are
-held out from all. A run that is stopped goes on from its last epoch when the command is given again. The hopper data,
+Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once; ``short`` is the same with half of the
+epochs. A published recipe (a file of ``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which
+one member stands for seven: that would take a day. The same whole trajectories are held out from all. What an epoch
+gives and what it takes are measured apart: errors in trainings that may stop, go on from their last epoch when the
+command is given again, and share the machine with others; times on a machine that does nothing else, of both recipes in
+turn, all seven members of both, as parts of an epoch (``--times``).
+
+The hopper data,
 200,000 transitions, are made by
 
     python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 \
@@ -18,10 +23,12 @@ held out from all. A run that is stopped goes on from its last epoch when the co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,18 +47,14 @@ from optimisation import draw_order, learning_rate
 from tracking import NullTracker
 from utils import atomic_write
 
-CONFIGS = {"ours": harness.ROOT / "configs", "published": harness.ROOT / "configs" / "published"}
-RECIPES = [
-    f"{source}/{environment}_{kind}"
-    for source in CONFIGS
-    for environment in ("hopper", "halfcheetah")
-    for kind in ("dnn", "pnn")
-]
+SOURCES = {"ours": "configs", "short": "configs", "published": "configs/published"}
+NAMES = [f"{environment}_{kind}" for environment in ("hopper", "halfcheetah") for kind in ("dnn", "pnn")]
+RECIPES = [f"{source}/{name}" for source in SOURCES for name in NAMES]
 DATA = {"hopper": "logs/hopper-200k.hdf5", "halfcheetah": "halfcheetah-medium-demo"}
 HOLDOUT_RATIO = 0.2
 MEMBERS = 7
 TARGETS = (1.1, 1.0, 0.9)  # of the published recipe's best validation error
-SCALING_STEPS = 40
+EPOCH_PARTS = 16  # of which one is timed
 
 
 class TimeIsUp(Exception):  # noqa: N818 - no error
@@ -63,16 +66,14 @@ class Run:
     """One training.
 
     Attributes:
-        recipe: ``ours/NAME`` or ``published/NAME``.
+        recipe: ``ours/NAME``, ``short/NAME`` or ``published/NAME``.
         config: What its file says, with seed and number of members; one member stands for seven published ones.
         dataset: Where rows come from.
-        threads: PyTorch's.
     """
 
     recipe: str
     config: LearnConfig
     dataset: Dataset
-    threads: int
 
     @cached_property
     def rows(self) -> tuple[DynamicsEnsemble, NormalisedRows, NormalisedRows]:
@@ -86,8 +87,12 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """What its rows in the CSV have in common."""
-        data = self.dataset.sha256[:12]
-        return {"recipe": self.recipe, "seed": self.config.seed, "data": data, "threads": self.threads}
+        return {"recipe": self.recipe, "seed": self.config.seed, "data": self.dataset.sha256[:12]}
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the plain loop trains it."""
+        return self.recipe.startswith("published")
 
     @property
     def epoch_flops(self) -> int:
@@ -102,25 +107,32 @@ def main(argv: list[str] | None = None) -> None:
     """Trains what is missing, then draws the table and the figure."""
     args = parse_arguments(argv)
     study = harness.open_study("time_to_quality", args.quick)
-    scaling = harness.Study("seven_times_one", study.folder)
+    times = harness.Study("epoch_times", study.folder)
     if not args.tables:
         deadline = time.monotonic() + 60 * args.minutes
         torch.set_num_threads(args.threads)
         with exit_on_input_error():
             runs = planned_runs(args)
-        try:
-            for run in runs:
-                train(study, run, deadline)
-                if run.recipe.startswith("published"):
-                    check_scaling(scaling, run)
-        except TimeIsUp:
-            print("time is up; the same command goes on from here", file=sys.stderr)
-    table = study.shown()
+        if args.times or args.quick:
+            time_epochs(times, runs)
+        if not args.times:
+            try:
+                for run in runs:
+                    train(study, run, deadline)
+            except TimeIsUp:
+                print("time is up; the same command goes on from here", file=sys.stderr)
+    table, timed = study.shown(), times.rows()
+    if timed.empty:
+        print("epochs have not been timed yet: on an idle machine, --times", file=sys.stderr)
+        return
     table["name"] = table["recipe"].str.partition("/")[2]
-    for column in ("data", "threads"):  # of each recipe, what was trained on last
-        table = table[table[column] == table.groupby("name")[column].transform("last")]
+    table = table[table["data"] == table.groupby("name")["data"].transform("last")]  # what was trained on last
+    per_epoch = timed.groupby(["recipe", "data"])["ms"].median() * EPOCH_PARTS / 1e3
+    table["timed"] = table["recipe"].str.replace("short/", "ours/")  # whose epochs are the same
+    table = table.join(per_epoch.rename("epoch_seconds"), on=["timed", "data"])
+    table["seconds"] = table["epoch"] * table["epoch_seconds"]
     study.save_figure(figure(table))
-    study.write_table(tables(table, scaling.rows()))
+    study.write_table(tables(table, timed))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -138,6 +150,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="datasets as learn_model.py takes them: " + " ".join(f"{name}={data}" for name, data in DATA.items()),
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (PyTorch's own choice)")
+    parser.add_argument("--times", action="store_true", help="time parts of epochs, in turn, rather than train")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, and go on another time")
     args = parser.parse_args(argv)
     for entry in args.data:
@@ -147,33 +160,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def planned_runs(args: argparse.Namespace) -> list[Run]:
-    """Returns what was asked for, ours first: the published recipes take hours."""
+    """Returns what was asked for, ours first as in ``RECIPES``: the published recipes take hours."""
     data = DATA | dict(entry.split("=", 1) for entry in args.data)
     datasets: dict[str, Dataset] = {}
     runs = []
     for recipe in args.recipes:
         source, name = recipe.split("/")
-        config = load_config(CONFIGS[source] / f"{name}.yaml")
+        config = load_config(harness.ROOT / SOURCES[source] / f"{name}.yaml")
+        if source == "short":
+            config = dataclasses.replace(config, fit_epochs=config.fit_epochs // 2)
         path = data[name.split("_")[0]]
-        seeds = args.seeds if source == "ours" else args.published_seeds
+        seeds = args.published_seeds if source == "published" else args.seeds
         if args.quick:
             path, seeds = "hopper-random-demo", seeds[:2]
             config = dataclasses.replace(config, fit_epochs=5, hidden_size=(16,), batch_size=512)
         dataset = datasets[path] = datasets.get(path) or load_dataset(path, quiet=True)
         for seed in seeds:
-            own = dataclasses.replace(config, seed=seed, ensemble_size=MEMBERS if source == "ours" else 1)
-            runs.append(Run(recipe, own, dataset, args.threads))
-    return sorted(runs, key=lambda run: run.recipe.startswith("published"))
+            own = dataclasses.replace(config, seed=seed, ensemble_size=1 if source == "published" else MEMBERS)
+            runs.append(Run(recipe, own, dataset))
+    return runs
 
 
 # --- Training, epoch by epoch ---
 
 
 class Progress:
-    """What a run has measured: a row per epoch in the CSV, and a checkpoint from which it goes on.
-
-    Time is that of training and of scoring the holdout, which every recipe does after each epoch; not of checkpoints.
-    """
+    """What a run has measured: a row per epoch in the CSV, and a checkpoint from which it goes on."""
 
     def __init__(self, study: harness.Study, run: Run, deadline: float) -> None:
         self._study = study
@@ -182,12 +194,11 @@ class Progress:
         folder = harness.ROOT / "logs" if study.folder == harness.FOLDER else study.folder
         self._path = folder / "time_to_quality" / f"{'-'.join(map(str, run.key.values())).replace('/', '-')}.checkpoint"
         unscored = [[math.inf, math.nan]] * run.config.ensemble_size
-        self._state: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "kept": unscored, "row": None, "training": None}
+        self._state: dict[str, Any] = {"epoch": 0, "kept": unscored, "row": None, "training": None}
         if self._path.exists():
             self._state = torch.load(self._path, weights_only=True)
             if len(study.finished(**run.key)) < self.epoch:  # stopped between checkpoint and CSV
                 study.append([self._state["row"]])
-        self._start = time.perf_counter()
 
     @property
     def epoch(self) -> int:
@@ -204,10 +215,6 @@ class Progress:
         """Whether there is nothing to train."""
         return not self._study.finished(**self._run.key, is_last=True).empty
 
-    def begin(self) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
-
     def add_epoch(self, scores: list[list[float]], training: dict[str, Any], is_last: bool) -> None:
         """Takes what an epoch gave.
 
@@ -219,13 +226,12 @@ class Progress:
         Raises:
             TimeIsUp: If this invocation has had its minutes.
         """
-        epoch, seconds = self.epoch + 1, self._state["seconds"] + time.perf_counter() - self._start
+        epoch = self.epoch + 1
         # Each member keeps the weights of its lowest validation error; a likelihood counts where it belongs to them.
         kept = [min(best, new, key=lambda pair: pair[0]) for best, new in zip(self._state["kept"], scores, strict=True)]
         errors = [error for error, _ in kept]
         row = self._run.key | {
             "epoch": epoch,
-            "seconds": seconds * MEMBERS / len(kept),
             "tflop": epoch * self._run.epoch_flops / 1e12,
             "val_mse": mean([error for error, _ in scores]),
             "nll": mean([nll for _, nll in scores]),
@@ -235,7 +241,7 @@ class Progress:
             "kept_nll": mean([nll for _, nll in kept]),
             "is_last": is_last,
         }
-        self._state = {"epoch": epoch, "seconds": seconds, "kept": kept, "row": row, "training": training}
+        self._state = {"epoch": epoch, "kept": kept, "row": row, "training": training}
         with atomic_write(self._path) as file:
             torch.save(self._state, file)
         self._study.append([row])
@@ -243,7 +249,6 @@ class Progress:
             self._path.unlink()
         elif time.monotonic() > self._deadline:
             raise TimeIsUp
-        self.begin()
 
 
 def mean(values: list[float]) -> float:
@@ -256,7 +261,7 @@ def train(study: harness.Study, run: Run, deadline: float) -> None:
     progress = Progress(study, run, deadline)
     if not progress.is_finished:
         print(f"{run.recipe}, seed {run.config.seed}: {progress.epoch} of {run.config.fit_epochs} epochs are done")
-        (train_ours if run.recipe.startswith("ours") else train_published)(run, progress)
+        (train_published if run.is_published else train_ours)(run, progress)
 
 
 def train_ours(run: Run, progress: Progress) -> None:
@@ -277,7 +282,6 @@ def train_ours(run: Run, progress: Progress) -> None:
         has_stopped = patience is not None and min(waited) >= patience
         progress.add_epoch(scores.latest, checkpoint, checkpoint["epochs"] == run.config.fit_epochs or has_stopped)
 
-    progress.begin()
     train_ensemble(ensemble, run.config, train, holdout, scores, False, progress.training, save)
 
 
@@ -289,7 +293,6 @@ def train_published(run: Run, progress: Progress) -> None:
     if progress.training is not None:
         member.load_state_dict(progress.training["member"])
         optimizer.load_state_dict(progress.training["optimizer"])
-    progress.begin()
     for epoch in range(progress.epoch, run.config.fit_epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.config, epoch)
@@ -314,64 +317,109 @@ def score(member: PlainMember, rows: NormalisedRows) -> list[float]:
     return [squared_error / count, math.nan if log_variance is None else nll / count]
 
 
-def check_scaling(study: harness.Study, run: Run) -> None:
-    """Times some steps of one member of the plain loop in turn with as many of each of seven."""
-    if not study.finished(recipe=run.recipe).empty:
-        return
-    ensemble, train, _ = run.rows
-    members = [plain_member(run.config, ensemble.network) for _ in range(MEMBERS)]
-    pairs = [(member, torch.optim.Adam(member.parameters(), lr=run.config.fit_lr)) for member in members]
-    order = draw_order(0, 1, len(train.inputs), epoch=0)[0][: SCALING_STEPS * run.config.batch_size]
+# --- What an epoch takes ---
 
-    def steps(count: int) -> None:
-        for member, optimizer in pairs[:count]:
-            train_steps(member, optimizer, train, order, run.config.batch_size)
 
-    rows = harness.in_turn({"one": lambda: steps(1), "seven": lambda: steps(MEMBERS)}, rounds=5, seconds=0)
-    study.append([{"recipe": run.recipe} | row for row in rows])
+class EpochIsOver(Exception):  # noqa: N818 - no error
+    """Ends a training of which one epoch was wanted."""
+
+
+def time_epochs(times: harness.Study, runs: list[Run]) -> None:
+    """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring included."""
+    for name in NAMES:
+        of_name = {run.recipe: run for run in runs if run.recipe in (f"ours/{name}", f"published/{name}")}
+        if not of_name or all(len(times.finished(recipe=run.recipe, data=run.key["data"])) for run in of_name.values()):
+            continue
+        print(f"{name}: timing {', '.join(of_name)}")
+        rows = harness.in_turn({recipe: epoch_part(run) for recipe, run in of_name.items()}, rounds=7, seconds=2)
+        data = next(iter(of_name.values())).key["data"]
+        times.append(
+            [{"recipe": row.pop("arm"), "data": data, "threads": torch.get_num_threads()} | row for row in rows]
+        )
+
+
+def epoch_part(run: Run) -> Callable[[], None]:
+    """Returns a function that trains seven members on a share of the rows, and scores the same share of the holdout."""
+    config = dataclasses.replace(run.config, ensemble_size=MEMBERS, fit_epochs=3)
+    ensemble, *rows = dataclasses.replace(run, config=config).rows
+    train, holdout = (next(part.chunks(math.ceil(len(part.inputs) / EPOCH_PARTS))) for part in rows)
+    if run.is_published:
+        members = [plain_member(config, ensemble.network, member) for member in range(MEMBERS)]
+        pairs = [(member, torch.optim.Adam(member.parameters(), lr=config.fit_lr)) for member in members]
+        order = draw_order(0, 1, len(train.inputs), epoch=0)[0]
+
+        def plain_part() -> None:
+            for member, optimizer in pairs:
+                train_steps(member, optimizer, train, order, config.batch_size)
+                score(member, holdout)
+
+        return plain_part
+
+    saved: list[dict[str, Any]] = []
+
+    def save(checkpoint: dict[str, Any]) -> None:
+        saved[:] = [checkpoint]
+        raise EpochIsOver
+
+    def part() -> None:  # the second epoch of three: the first and the last score training rows, too
+        with contextlib.suppress(EpochIsOver):
+            train_ensemble(ensemble, config, train, holdout, NullTracker(), False, saved[0] | {"epochs": 1}, save)
+
+    with contextlib.suppress(EpochIsOver):
+        train_ensemble(ensemble, config, train, holdout, NullTracker(), False, None, save)
+    return part
 
 
 # --- The table and the figure ---
 
 
-def tables(rows: pd.DataFrame, scaling: pd.DataFrame) -> str:
-    """Returns a table per published recipe: its whole schedule, and when ours reaches its best validation error."""
-    titled = {}
-    for name in rows["name"].unique():
-        published, ours = (rows[rows["recipe"] == f"{source}/{name}"] for source in ("published", "ours"))
-        titled[name] = recipe_table(published, ours)
+def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
+    """Returns a table per environment and kind: the published schedule, and when ours reaches its best error."""
+    threads = harness.count(int(timed["threads"].iloc[-1]), "thread")
     text = [
         "Validation MSE in normalised units and NLL in nats, on whole trajectories that are held out; ours: means over "
-        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: wall time "
-        "of 7 members (of a published recipe seven times that of one), scoring of the holdout included. Target: the "
-        "best validation error in the whole published schedule; ours: median over seeds, and range. x: wall time of "
-        "that whole schedule divided by ours up to the target; in brackets, of the schedule up to its best epoch."
+        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: epochs "
+        "times the wall time of an epoch of 7 members, scoring of the holdout included, which was measured in turn "
+        f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member; "
+        "ours: median over seeds, and range. x: wall time of that whole schedule divided by ours up to the target; in "
+        "brackets, of the schedule up to its best epoch."
     ]
-    if not scaling.empty:
-        ratios = harness.compare(scaling, ["recipe"], base="one")["ratio"].unstack("arm")["seven"]
-        measured = ", ".join(f"{recipe} {ratio:.2f}" for recipe, ratio in ratios.items())
-        text.append(f"Seven members against one, {SCALING_STEPS} steps of each: {measured}.")
-    return "\n\n".join([*text, *(f"**{name}**\n\n{table}" for name, table in titled.items())])
+    for name in rows["name"].unique():
+        of_name = rows[rows["name"] == name]
+        ours, short, published = (of_name[of_name["recipe"] == f"{source}/{name}"] for source in SOURCES)
+        text.append(f"**{name}**\n\n{recipe_table(published, {'ours': ours, 'ours, half of the epochs': short})}")
+    text.append(f"**Seconds an epoch of 7 members takes: median and range**\n\n{times_table(timed)}")
+    return "\n\n".join(text)
 
 
-def recipe_table(published: pd.DataFrame, ours: pd.DataFrame) -> str:
+def times_table(timed: pd.DataFrame) -> str:
+    """Returns what an epoch takes, by recipe, and what part of the published one that is."""
+    timed = timed.assign(seconds=timed["ms"] * EPOCH_PARTS / 1e3)
+    timed["arm"], timed["name"] = timed["recipe"].str.partition("/")[0], timed["recipe"].str.partition("/")[2]
+    summary = harness.compare(timed, ["name"], "published", "seconds")
+    lines = [[name, arm, harness.spread(row), f"{row['ratio']:.2f}"] for (name, arm), row in summary.iterrows()]
+    return harness.markdown(["", "recipe", "seconds", "of the published one"], lines)
+
+
+def recipe_table(published: pd.DataFrame, variants: dict[str, pd.DataFrame]) -> str:
     """Returns the lines of one environment and kind."""
     header = ["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"]
-    lines = []
+    lines, targets = [], []
     if not published.empty:
         end = published.iloc[-1]
         state = "" if end["is_last"] else " so far"
         best = [f"{published['val_mse'].min():.5f}", number(published["nll"].min(), ".3f")]
         lines.append([f"published{state}, best", *effort(end), *best])
-    for seed, run in ours.groupby("seed"):
-        end = run.iloc[-1]
-        error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001 - a range
-        state = "" if end["is_last"] else " so far"
-        lines.append([f"ours, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
+    for variant, ours in variants.items():
+        for seed, run in ours.groupby("seed"):
+            end = run.iloc[-1]
+            error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001
+            state = "" if end["is_last"] else " so far"
+            lines.append([f"{variant}, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
+        if not (published.empty or ours.empty):
+            targets += [[variant, *line] for line in target_lines(published, ours)]
     table = harness.markdown(header, lines)
-    if published.empty or ours.empty:
-        return table
-    return table + "\n\n" + harness.markdown(["target", "ours, minutes", "x"], target_lines(published, ours))
+    return table + "\n\n" + harness.markdown(["", "target", "minutes", "x"], targets) if targets else table
 
 
 def target_lines(published: pd.DataFrame, ours: pd.DataFrame) -> list[list[str]]:
@@ -415,7 +463,7 @@ def figure(rows: pd.DataFrame) -> Any:
     drawn = harness.new_figure(columns=len(names), lines=2)
     panels = drawn.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
-        for source, color in (("published", "tab:orange"), ("ours", "tab:blue")):
+        for source, color in (("published", "tab:orange"), ("ours", "tab:blue"), ("short", "tab:cyan")):
             for seed, run in rows[rows["recipe"] == f"{source}/{name}"].groupby("seed"):
                 for axes, against in zip(panels[:, column], (run["seconds"] / 60, run["tflop"]), strict=True):
                     axes.plot(against, run["kept_mse"], color=color, label=f"{source}, seed {seed}")
