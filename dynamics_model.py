@@ -45,6 +45,9 @@ _ACTIVATIONS = {
     "elu": functional.elu,
     "tanh": torch.tanh,
 }
+# oneDNN multiplies one member's matrices at a time, which pays where none of their sides is shorter than this.
+_ONEDNN_SIDE = 160
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")
 
 Array = np.ndarray | Tensor
@@ -170,6 +173,77 @@ class NormalisedRows(NamedTuple):
             yield NormalisedRows(*(part if part is None else part[start : start + size] for part in self))
 
 
+class _OneDnnLinear(torch.autograd.Function):
+    """``inputs @ weight + bias`` of every member through oneDNN, which PyTorch's own batched products do not use.
+
+    On processors where PyTorch's default library for matrix products is not at home (AMD's), oneDNN takes half of the
+    time. The operator is the one that ``torch.compile`` emits for linear layers on CPUs. It knows no derivatives and no
+    transforms; here it gets all that ``torch.func`` needs, derivatives of any order included.
+    """
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        biases = [None] * len(weight) if bias is None else [own[0] for own in bias]
+        products = [
+            torch.ops.mkldnn._linear_pointwise(rows, matrix.mT, own, "none", [], "")
+            for rows, matrix, own in zip(inputs, weight, biases, strict=True)
+        ]
+        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            stacked_linear(gradient, weight.mT) if needs_inputs else None,
+            stacked_linear(inputs.mT, gradient) if needs_weight else None,
+            gradient.sum(dim=1, keepdim=True) if needs_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, inputs: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        primal_inputs, primal_weight = ctx.saved_tensors
+        terms = []
+        if inputs is not None:
+            terms.append(stacked_linear(inputs, primal_weight))
+        if weight is not None:
+            terms.append(stacked_linear(primal_inputs, weight))
+        if bias is not None:
+            terms.append(bias.expand(-1, primal_inputs.shape[1], -1))
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor | None) -> tuple[Tensor, int]:
+        inputs, weight, bias = (
+            operand if dim is None else operand.movedim(dim, 0) for operand, dim in zip(operands, in_dims, strict=True)
+        )
+        product = torch.matmul(inputs, weight)
+        return (product if bias is None else product + bias), 0
+
+
+def stacked_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns ``inputs @ weight + bias`` of every member: ``(ensemble, batch, out)``.
+
+    Args:
+        inputs: ``(ensemble, batch, in)``.
+        weight: ``(ensemble, in, out)``.
+        bias: ``(ensemble, 1, out)``; None adds none.
+    """
+    if (
+        _HAS_ONEDNN
+        and inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and min(*inputs.shape[1:], weight.shape[2]) >= _ONEDNN_SIDE
+    ):
+        return _OneDnnLinear.apply(inputs, weight, bias)
+    return torch.bmm(inputs, weight) if bias is None else torch.baddbmm(bias, inputs, weight)
+
+
 class StackedMLP(nn.Module):
     """E multilayer perceptrons of equal shape, evaluated at once by batched matrix products.
 
@@ -225,7 +299,7 @@ class StackedMLP(nn.Module):
         last = len(self.weights) - 1
         hidden = inputs
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = torch.baddbmm(bias, hidden, weight)  # (ensemble, batch, out)
+            hidden = stacked_linear(hidden, weight, bias)  # (ensemble, batch, out)
             if layer == last:
                 break
             if self.layer_norm:
@@ -321,6 +395,14 @@ class DynamicsNetwork(nn.Module):
             inputs: ``(ensemble, batch, state_dim + action_dim)``.
         """
         return self.interpret(self.dynamics(inputs))
+
+    def view(self, members: slice) -> DynamicsNetwork:
+        """Returns a network of some of the members that shares their memory: to train it is to train them."""
+        size = len(range(*members.indices(self.ensemble_size)))
+        network = type(self)(self.architecture, self.normalisation, size).to(self.input_shift.device)
+        for own, stacked in zip(network.parameters(), self.parameters(), strict=True):
+            own.data = stacked.data[members]
+        return network
 
     def parts(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of the dynamics and, if it is learned, of the reward: no gradient joins the two."""

@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,11 @@ from errors import CommandLine, InputError, exit_on_input_error
 from utils import atomic_write, choose_device, git_commit
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
+    from torch import Tensor
+
     from dataset import Dataset, Split, Transitions
     from dynamics_model import DynamicsEnsemble, NormalisedRows
+    from member_threads import MemberGroup
     from run_folder import RunFolder
     from tracking import NullTracker
 
@@ -143,62 +147,87 @@ def train_ensemble(
     """
     import torch
 
-    from optimisation import BestWeights, build_optimizer, clip_gradients, draw_bootstrap, draw_order, learning_rate
+    from member_threads import MemberThreads
+    from optimisation import BestWeights, draw_bootstrap, draw_order
 
     network, rows = ensemble.network, len(train.inputs)
     network.requires_grad_(True)
-    optimizer = build_optimizer(network, config)
     best = BestWeights(network, config.patience) if holdout is not None else None
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
-    if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if best is not None:
-            best.load_state_dict(checkpoint["best"])
 
-    for epoch in range(checkpoint["epochs"] if checkpoint is not None else 0, config.fit_epochs):
-        if best is not None and all(best.stopped):
-            break
-        order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
-        if bootstrap is not None:
-            order = bootstrap.gather(1, order)
-        order = order.to(ensemble.device)
-        loss_sum = torch.zeros(len(ensemble), device=ensemble.device)  # stays there: no wait for the device in an epoch
-        for start in range(0, rows, config.batch_size):
-            time = epoch + start / rows  # in epochs
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, time)
-            batch = train.select(order[:, start : start + config.batch_size])  # (ensemble, batch, ...)
-            objective, reported = network.losses(batch, time / config.fit_epochs)  # (ensemble,)
-            if network.reward is not None:
-                objective = objective + network.reward_loss(batch)
-            optimizer.zero_grad(set_to_none=True)
-            objective.sum().backward()  # members share no parameter: each gets its own gradient
-            for part in network.parts() if config.grad_clip is not None else ():
-                clip_gradients(part, config.grad_clip)
-            optimizer.step()
-            loss_sum += reported * batch.inputs.shape[1]
+    with MemberThreads(network, config) as threads:
+        if checkpoint is not None:
+            network.load_state_dict(checkpoint["network"])
+            threads.load_optimizer_state(checkpoint["optimizer"])
+            if best is not None:
+                best.load_state_dict(checkpoint["best"])
+        for epoch in range(checkpoint["epochs"] if checkpoint is not None else 0, config.fit_epochs):
+            if best is not None and all(best.stopped):
+                break
+            order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
+            if bootstrap is not None:
+                order = bootstrap.gather(1, order)
+            order = order.to(ensemble.device)
+            losses = threads.map_rows(partial(take_steps, config, train, order, epoch), rows, config.batch_size)
 
-        holdout_scores = network.score(holdout) if holdout is not None else {}
-        if best is not None:
-            best.update(network, holdout_scores["mse"])
-        is_last = epoch == config.fit_epochs - 1 or (best is not None and all(best.stopped))
-        is_scored = track_training or epoch == 0 or is_last or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
-        train_scores = network.score(train) if is_scored else {}
-        tracker.log_epoch(
-            epoch, metric_rows(ensemble, config, epoch, (loss_sum / rows).tolist(), train_scores, holdout_scores)
-        )
-        if save_checkpoint is not None:
-            save_checkpoint(
-                {
-                    "epochs": epoch + 1,
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "best": None if best is None else best.state_dict(),
-                }
-            )
+            holdout_scores = threads.score(holdout) if holdout is not None else {}
+            if best is not None:
+                best.update(network, holdout_scores["mse"])
+            is_last = epoch == config.fit_epochs - 1 or (best is not None and all(best.stopped))
+            is_scored = track_training or epoch == 0 or is_last or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
+            train_scores = threads.score(train) if is_scored else {}
+            mean_losses = (torch.cat([sum(pieces) for pieces in losses]) / rows).tolist()
+            tracker.log_epoch(epoch, metric_rows(ensemble, config, epoch, mean_losses, train_scores, holdout_scores))
+            if save_checkpoint is not None:
+                save_checkpoint(
+                    {
+                        "epochs": epoch + 1,
+                        "network": network.state_dict(),
+                        "optimizer": threads.optimizer_state(),
+                        "best": None if best is None else best.state_dict(),
+                    }
+                )
     if best is not None:
         best.restore(network)
+
+
+def take_steps(
+    config: LearnConfig, train: NormalisedRows, order: Tensor, epoch: int, group: MemberGroup, starts: range
+) -> Tensor:
+    """Takes the steps of one epoch, or of a piece of it, with a group of members.
+
+    Args:
+        config: Settings.
+        train: Training rows, normalised.
+        order: Rows in the order in which each member of the ensemble sees them, ``(ensemble, rows)``.
+        epoch: Which one, from 0.
+        group: Members that go through each step together, with their optimiser.
+        starts: Where in ``order`` each minibatch starts.
+
+    Returns:
+        The reported loss of each member of the group, summed over rows.
+    """
+    import torch
+
+    from optimisation import clip_gradients, learning_rate
+
+    network, optimizer = group.network, group.optimizer
+    loss_sum = torch.zeros(network.ensemble_size, device=order.device)  # stays there: no wait for the device
+    for start in starts:
+        time = epoch + start / len(train.inputs)  # in epochs
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(config, time)
+        batch = train.select(order[group.members, start : start + config.batch_size])  # (ensemble, batch, ...)
+        objective, reported = network.losses(batch, time / config.fit_epochs)  # (ensemble,)
+        if network.reward is not None:
+            objective = objective + network.reward_loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        objective.sum().backward()  # members share no parameter: each gets its own gradient
+        for part in network.parts() if config.grad_clip is not None else ():
+            clip_gradients(part, config.grad_clip)
+        optimizer.step()
+        loss_sum += reported * batch.inputs.shape[1]
+    return loss_sum
 
 
 def metric_columns(ensemble: DynamicsEnsemble) -> list[str]:

@@ -19,18 +19,16 @@ _ONECYCLE_START = 1 / 25  # of the peak rate; Smith and Topin 2019, with the rat
 
 
 def build_optimizer(network: DynamicsNetwork, config: LearnConfig) -> torch.optim.Optimizer:
-    """Returns Adam with one group per weight decay: weights of each dynamics layer, and everything else undecayed."""
-    groups = [
-        {"params": [weight], "weight_decay": decay}
-        for weight, decay in zip(network.dynamics.weights, config.layer_decays, strict=True)
-    ]
-    decayed = {id(weight) for weight in network.dynamics.weights}
-    others = [parameter for parameter in network.parameters() if id(parameter) not in decayed]
-    groups.append({"params": others, "weight_decay": 0.0})
+    """Returns Adam, with a group for each weight decay; only weights of dynamics layers decay."""
+    decays = dict(zip(network.dynamics.weights, config.layer_decays, strict=True))
+    groups: dict[float, list[Tensor]] = {}
+    for parameter in network.parameters():
+        groups.setdefault(decays.get(parameter, 0.0), []).append(parameter)
     adam = torch.optim.AdamW if config.weight_decay_mode == "decoupled" else torch.optim.Adam
     release = tuple(int(number) for number in torch.__version__.split(".")[:2])
     fused = network.input_shift.is_cuda or release >= (2, 4)  # older ones have it on CUDA only
-    return adam(groups, lr=config.fit_lr, fused=fused)
+    parameters = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    return adam(parameters, lr=config.fit_lr, fused=fused)
 
 
 def learning_rate(config: LearnConfig, epoch: float) -> float:
