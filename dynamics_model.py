@@ -185,7 +185,7 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         biases = [None] * len(weight) if bias is None else [own[0] for own in bias]
         products = [
-            torch.ops.mkldnn._linear_pointwise(rows, matrix.mT, own, "none", [], "")
+            torch.ops.mkldnn._linear_pointwise.default(rows, matrix.mT, own, "none", [], "")
             for rows, matrix, own in zip(inputs, weight, biases, strict=True)
         ]
         return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)

@@ -23,8 +23,8 @@ from typing import Any
 
 MEMBERS = 7
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # state_dim, action_dim
-_ROUND_FLOPS = 40e9  # a round takes as many steps as these pay for, within the next two
-_MOST_STEPS, _FEWEST_STEPS = 20, 3
+_ROUND_FLOPS = 80e9  # a round takes as many steps as these pay for, within the next two
+_MOST_STEPS, _FEWEST_STEPS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,6 @@ class Case:
         return build_ensemble(self.config, self.transitions)
 
 
-class EnoughRounds(Exception):  # noqa: N818 - no error
-    """Ends a training of which enough has been seen."""
-
-
 class Pace:
     """Lets an arm run round by round: it calls ``tick`` before its steps, which waits where a round has ended.
 
@@ -134,23 +130,29 @@ class Pace:
 # --- The arms ---
 
 
-def ours(case: Case, pace: Pace, compiled: bool = False) -> None:
-    """The product's own training loop, held up where it gathers a batch."""
+def ours(case: Case, pace: Pace) -> None:
+    """The product's own training loop; a round is an epoch, of rows from all over the data."""
     import torch
 
     from dynamics_model import NormalisedRows
     from learn_model import train_ensemble
     from tracking import NullTracker
 
-    class PacedRows(NormalisedRows):
-        def select(self, rows: torch.Tensor) -> NormalisedRows:
-            pace.tick()
-            return super().select(rows)
-
     ensemble = case.ensemble
-    if compiled:
-        ensemble.network.losses = torch.compile(ensemble.network.losses)
-    train_ensemble(ensemble, case.config, PacedRows(*ensemble.normalise(case.transitions)), None, NullTracker())
+    every = ensemble.normalise(case.transitions)
+    rows_of_round = case.steps * case.batch
+
+    class FewRows(NormalisedRows):
+        def select(self, rows: torch.Tensor) -> NormalisedRows:
+            return every.select(rows * (case.rows // rows_of_round))
+
+    class Rounds(NullTracker):
+        def log_epoch(self, epoch: int, rows: list[dict[str, Any]]) -> None:
+            pace.tick(case.steps)
+
+    pace.tick(case.steps)
+    few = FewRows(*(part if part is None else part[:rows_of_round] for part in every))
+    train_ensemble(ensemble, dataclasses.replace(case.config, fit_epochs=1000), few, None, Rounds())
 
 
 def plain(case: Case, pace: Pace) -> None:
@@ -252,24 +254,35 @@ def jax(case: Case, pace: Pace) -> None:
 
 
 def products(case: Case, pace: Pace) -> None:
-    """The step's matrix products alone, at their own shapes, with results into memory that is there already."""
+    """The step's matrix products alone, as ours takes them, threads taking one member after the other."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import torch
+
+    from dynamics_model import stacked_linear
 
     layers = []
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(case.sizes)):
         hidden, weight, gradient = (
-            torch.randn(case.members, *shape)
+            torch.randn(case.members, 1, *shape)
             for shape in ((case.batch, fan_in), (fan_in, fan_out), (case.batch, fan_out))
         )
-        layers.append((index > 0, hidden, weight, gradient, *map(torch.empty_like, (hidden, weight, gradient))))
-    while True:
-        pace.tick()
-        for _, hidden, weight, _, _, _, to_output in layers:
-            torch.bmm(hidden, weight, out=to_output)
-        for has_input_gradient, hidden, weight, gradient, to_input, to_weight, _ in reversed(layers):
-            torch.bmm(hidden.mT, gradient, out=to_weight)
-            if has_input_gradient:
-                torch.bmm(gradient, weight.mT, out=to_input)
+        layers.append((index > 0, hidden, weight, gradient))
+
+    @torch.no_grad()
+    def steps(member: int) -> None:
+        for _ in range(case.steps):
+            for _, hidden, weight, _ in layers:
+                stacked_linear(hidden[member], weight[member])
+            for has_input_gradient, hidden, weight, gradient in reversed(layers):
+                stacked_linear(hidden[member].mT, gradient[member])
+                if has_input_gradient:
+                    stacked_linear(gradient[member], weight[member].mT)
+
+    with ThreadPoolExecutor(case.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        while True:
+            pace.tick(case.steps)
+            list(pool.map(steps, range(case.members)))
 
 
 def floor(case: Case, pace: Pace) -> None:
@@ -306,7 +319,6 @@ def floor(case: Case, pace: Pace) -> None:
 
 ARMS: dict[str, Callable[[Case, Pace], None]] = {
     "ours": ours,
-    "compiled": partial(ours, compiled=True),
     "plain": plain,
     "mbrl": mbrl,
     "jax": jax,

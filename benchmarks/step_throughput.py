@@ -1,7 +1,7 @@
 """Milliseconds per optimiser step of a 7-member ensemble: ours, other ways to take the same step, and the floor.
 
     python -m benchmarks.step_throughput --size hopper --threads 2
-    python -m benchmarks.step_throughput --hidden 4x200 --batch 256 --arms ours compiled
+    python -m benchmarks.step_throughput --hidden 4x200 --batch 256 --arms ours jax
     python -m benchmarks.step_throughput --quick
 
 Each way (``step_arms.py``) is a process of its own with its own thread settings; all processes of a case are warmed up
@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; without flags, everything but the compiled arm is measured."""
+    """Reads the command line; without flags, everything is measured."""
     parser = harness.command_line(__doc__)
     for flag, choices, meaning in (
         ("kind", KINDS, "kinds of ensemble"),
@@ -68,8 +67,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=[arm for arm in ARMS if arm != "compiled"],
-        help="ways to take a step; compiled is ours under torch.compile, which takes a minute per case (all but that)",
+        default=list(ARMS),
+        help="ways to take a step (all)",
     )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds of each arm (5)")
     args = parser.parse_args(argv)
@@ -82,8 +81,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def is_available(arm: str) -> bool:
     """Whether what an arm needs is installed; says so where it is not."""
     missing = [package for package in NEEDS.get(arm, ()) if importlib.util.find_spec(package) is None]
-    if arm == "compiled" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        missing.append("a C++ compiler")
     if missing:
         print(f"arm {arm} is left out: {', '.join(missing)} not found; see requirements-bench.txt", file=sys.stderr)
     return not missing
