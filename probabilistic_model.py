@@ -3,7 +3,8 @@
 The loss is that of PETS (Chua et al. 2018, appendix A.1): ``mean((mu - y)^2 / var + logvar)`` with the log-variance
 soft-clamped between bounds that are learned, and ``0.01 * (sum(max_logvar) - sum(min_logvar))`` that draws the bounds
 together. Differences: with ``beta_nll`` above 0 each term is weighted by the variance to that power, held constant
-(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise; and with
+(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise, and each
+dimension's bounds by its mean weight, without which they close on a log-variance that no longer pulls (ours); and with
 ``beta_nll_decay`` that power falls linearly to 0 over the given share of training (ours), so that the mean is learned
 first and training ends on the plain likelihood, which alone is calibrated.
 """
@@ -57,11 +58,12 @@ class ProbabilisticNetwork(DynamicsNetwork):
         mean, log_variance = self.normalised(rows.inputs)
         terms = (mean - rows.targets).square() * (-log_variance).exp() + log_variance
         reported = terms.detach().mean(dim=(1, 2))
+        bounds = self.max_logvar - self.min_logvar
         beta = self._beta(progress)
         if beta > 0:
-            terms = terms * (beta * log_variance.detach()).exp()
-        bounds = (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
-        return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds, reported
+            weight = (beta * log_variance.detach()).exp()
+            terms, bounds = terms * weight, bounds * weight.mean(dim=1, keepdim=True)
+        return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds.sum(dim=(1, 2)), reported
 
     def _beta(self, progress: float) -> float:
         beta, decay = self.architecture.beta_nll, self.architecture.beta_nll_decay

@@ -105,6 +105,7 @@ def build_sections(facts: dict[str, Any], tables: Tables) -> list[Section]:
     primary = " ".join(f"({number}) {text}." for number, text in enumerate(PRIMARY.values(), 1))
     errors = side_by_side(tables["values"], "value", tables["values"].arm)
     ratios = side_by_side(tables["paired"], "ratio", tables["paired"].arm + " / " + tables["paired"].reference)
+    edge = rates_at_the_edge(tables["learning_rates"])
     return [
         Section(
             "What is compared",
@@ -147,9 +148,20 @@ def build_sections(facts: dict[str, Any], tables: Tables) -> list[Section]:
             },
             {},
         ),
-        Section("What this does not show", " ".join(LIMITS), [], {}, {}),
+        Section("What this does not show", " ".join(filter(None, (*LIMITS, edge))), [], {}, {}),
         Section("How it was made", facts["command"], [], {"Origin of the cells": facts["origin"]}, {}),
     ]
+
+
+def rates_at_the_edge(trials: pd.DataFrame) -> str:
+    """Says which arms learn at the lowest or the highest of their candidate rates: a better one may lie beyond."""
+    chosen = trials[trials["is_chosen"]].groupby("arm", sort=False)["fit_lr"].first()
+    candidates = trials.groupby("arm", sort=False)["fit_lr"]
+    at_edge = chosen.index[(chosen == candidates.min()[chosen.index]) | (chosen == candidates.max()[chosen.index])]
+    if at_edge.empty:
+        return ""
+    rates = ", ".join(f"{arm} {chosen[arm]:g}" for arm in at_edge)
+    return f"Learning rates at the edge of the candidates, beyond which a better one may lie: {rates}."
 
 
 def side_by_side(table: pd.DataFrame, name: str, columns: pd.Series) -> pd.DataFrame:
@@ -318,11 +330,12 @@ def markdown_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Sect
         parts += [f"## {section.title}", section.text]
         parts += [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}" for name in section.figures]
         for title, table in section.tables.items():
-            parts += [f"**{title}**", _markdown_table(table)]
+            parts += [f"**{title}**", markdown_table(table)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _markdown_table(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
+    """Returns a table as Markdown."""
     rows = [[str(name) for name in table], ["---"] * len(table.columns)]
     rows += [[format_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

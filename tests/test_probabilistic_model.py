@@ -164,8 +164,19 @@ def test_beta_nll_weighs_each_term_by_the_variance_to_beta_by_hand(constant_memb
         for row in SQUARED_ERRORS
         for dim in range(2)
     ]
-    assert objective.item() - 1.6 == pytest.approx(sum(terms) / 4, rel=1e-4)
+    bounds = 0.01 * 80 * sum(VARIANCE[dim] ** beta for dim in range(2))  # weighed like the terms of their dimension
+    assert objective.item() == pytest.approx(sum(terms) / 4 + bounds, rel=1e-4)
     assert reported.item() == pytest.approx(1.25, rel=1e-5), "what is reported is the plain likelihood whatever beta is"
+
+
+def test_bounds_do_not_close_while_small_variances_weigh_little(constant_member):
+    """The pull on the bounds keeps its proportion to that of the likelihood, which beta-NLL makes small."""
+    network = example(constant_member, beta=1.0)
+    network.losses(two_rows())[0].sum().backward()
+
+    expected = 0.01 * torch.tensor([[VARIANCE]])
+    torch.testing.assert_close(network.max_logvar.grad, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(network.min_logvar.grad, -expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

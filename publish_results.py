@@ -1,0 +1,99 @@
+"""Writes the numbers of README.md's section "Results" from the tables of the published studies.
+
+    python publish_results.py results/tier1 results/tier2_doubled
+
+puts, between two marker comments, the answer of the first study with its table and three figures, and below it the
+ratios of every other study that there is. What ``make study`` has made is published by ``make results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from errors import CommandLine, InputError, exit_on_input_error
+from study_report import ANSWERS_INTRO, CAPTIONS, answers, markdown_table, rates_at_the_edge, side_by_side
+from utils import atomic_write
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->\n"
+FIGURES = ("horizon", "calibration", "stability")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Replaces the section's numbers."""
+    args = parse_arguments(argv)
+    with exit_on_input_error():
+        text = args.readme.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise InputError(f"{args.readme} has no lines {BEGIN.strip()!r} and {END.strip()!r} to write between")
+        main_study, *others = args.studies
+        parts = [main_part(main_study, args.readme.parent), *(other_part(folder) for folder in others)]
+    with atomic_write(args.readme, "w") as file:
+        file.write(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandLine(description="Write the numbers of README.md's section Results from studies' tables.")
+    parser.add_argument(
+        "studies", nargs="+", type=Path, help="folders that compare_models.py wrote, the main one first"
+    )
+    parser.add_argument("--readme", type=Path, default=README, help="the file that has the section (README.md)")
+    return parser.parse_args(argv)
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """Reads a table of a finished study.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected the folder of a study that compare_models.py has finished")
+    return pd.read_csv(path)
+
+
+def main_part(folder: Path, root: Path) -> str:
+    """Returns the answer of the main study: sentences, table, figures, limits and origin."""
+    paired = read_table(folder, "paired")
+    shown = folder.resolve().relative_to(root.resolve())
+    figures = [f"![{name}]({shown / f'{name}.png'})\n\n{CAPTIONS[name]}" for name in FIGURES]
+    edge = rates_at_the_edge(read_table(folder, "learning_rates"))
+    return "\n\n".join(
+        [
+            ANSWERS_INTRO + " " + " ".join(answers(paired)),
+            ratios(paired),
+            *figures,
+            *([edge] if edge else []),
+            f"Everything else, failed trainings and what this does not show included: [report]({shown}/report.md). "
+            f"Written by `python {Path(__file__).name}` from what `{command(folder)}` made.",
+        ]
+    )
+
+
+def other_part(folder: Path) -> str:
+    """Returns the ratios of a further study."""
+    return f"**`{command(folder)}`**\n\n{ratios(read_table(folder, 'paired'))}"
+
+
+def ratios(paired: pd.DataFrame) -> str:
+    """Returns ratios with their intervals: a line per metric and dataset, a column per pair of arms."""
+    return markdown_table(side_by_side(paired, "ratio", paired.arm + " / " + paired.reference))
+
+
+def command(folder: Path) -> str:
+    """Returns the command that made a study."""
+    return json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
