@@ -2,7 +2,8 @@
 
 No member's training depends on another's, so threads need to meet at the end of an epoch only. Products of the sizes
 that dynamics models have are too small for several cores to share well, and everything between them (activations,
-losses, the optimiser) runs on all cores as well. A member is trained in the same way whatever the number of threads.
+losses, the optimiser) runs on all cores as well. How members are grouped changes their training by rounding only, and
+the same number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -125,10 +126,15 @@ class MemberThreads:
         """Goes on from what ``optimizer_state`` returned, however members were grouped then."""
         for group in self.groups:
             own = {
-                parameter: {name: value[group.members] if value.ndim else value for name, value in values.items()}
+                parameter: {name: _take(value, group.members) for name, value in values.items()}
                 for parameter, values in state["state"].items()
             }
             group.optimizer.load_state_dict(state | {"state": own})
+
+
+def _take(value: torch.Tensor, members: slice) -> torch.Tensor:
+    """Returns some members' moments, or the number of steps: a copy, as optimisers change in place what they load."""
+    return (value[members] if value.ndim else value).clone()
 
 
 def _stack(values: list[torch.Tensor]) -> torch.Tensor:
