@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check study clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality
+.PHONY: run test lint check study results clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality
 
 run: $(VENV)/.installed
 	$(BIN)/python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
@@ -41,9 +41,10 @@ logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
 
 # What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
-# Every tier runs as two processes of one thread each, which share its cells: on two cores some two hours for the first
-# tier and four for all.
+# Every tier runs as two processes of one thread each, which share its cells: on two cores an hour and a half for the
+# first tier and three for all. `make results` writes their numbers into README.md.
 COMPARE = $(BIN)/python compare_models.py
+TIERS := tier1 tier2_doubled tier3_layer_norm tier4_scale
 ARMS := configs/study/dnn.yaml configs/study/pnn.yaml configs/study/pnn_beta.yaml
 twice = $(COMPARE) $(1) --quiet & $(COMPARE) $(1); status=$$?; wait; exit $$status
 
@@ -56,6 +57,9 @@ study: $(VENV)/.installed reports/hopper-medium-200k.hdf5
 		--datasets hopper-medium-demo halfcheetah-medium-demo)
 	$(call twice,--configs $(ARMS) --seeds 3 --output results/tier4_scale \
 		--datasets reports/hopper-medium-200k.hdf5 --learning_rates_of results/tier1)
+
+results: $(VENV)/.installed
+	$(BIN)/python publish_results.py $(patsubst %/paired.csv,%,$(wildcard $(TIERS:%=results/%/paired.csv)))
 
 reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
