@@ -35,6 +35,7 @@ bench-around: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.around_training
 
 bench-quality: $(VENV)/.installed-bench $(HOPPER)
+	$(BIN)/python -m benchmarks.time_to_quality --data hopper=$(HOPPER) --times
 	$(BIN)/python -m benchmarks.time_to_quality --data hopper=$(HOPPER)
 
 logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
