@@ -24,6 +24,7 @@ import itertools
 import math
 import os
 import pickle
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,16 @@ _ACTIVATIONS = {
 # oneDNN multiplies one member's matrices at a time, which pays where none of their sides is shorter than this.
 _ONEDNN_SIDE = 160
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_amd() -> bool:
+    """Whether this is a processor of AMD's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return "AMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+
+
+# PyTorch's own products are Intel's (MKL), which take twice oneDNN's time on AMD's processors and less on Intel's.
+USES_ONEDNN = _HAS_ONEDNN and _is_amd()
 _PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")
 
 Array = np.ndarray | Tensor
@@ -176,8 +187,7 @@ class NormalisedRows(NamedTuple):
 class _OneDnnLinear(torch.autograd.Function):
     """``inputs @ weight + bias`` of every member through oneDNN, which PyTorch's own batched products do not use.
 
-    On processors where PyTorch's default library for matrix products is not at home (AMD's), oneDNN takes half of the
-    time. The operator is the one that ``torch.compile`` emits for linear layers on CPUs. It knows no derivatives and no
+    The operator is the one that ``torch.compile`` emits for linear layers on CPUs. It knows no derivatives and no
     transforms; here it gets all that ``torch.func`` needs, derivatives of any order included.
     """
 
@@ -235,7 +245,7 @@ def stacked_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -
         bias: ``(ensemble, 1, out)``; None adds none.
     """
     if (
-        _HAS_ONEDNN
+        USES_ONEDNN
         and inputs.device.type == "cpu"
         and inputs.dtype == weight.dtype == torch.float32
         and min(*inputs.shape[1:], weight.shape[2]) >= _ONEDNN_SIDE

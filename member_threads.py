@@ -1,8 +1,8 @@
 """Trains members side by side: on CPUs, a core takes some of the members rather than a part of every matrix product.
 
-No member's training depends on another's, so threads need to meet at the end of an epoch only. Products of the sizes
-that dynamics models have are too small for several cores to share well, and everything between them (activations,
-losses, the optimiser) runs on all cores as well. How members are grouped changes their training by rounding only, and
+No member's training depends on another's, so threads need to meet at the end of an epoch only, while cores that share
+every product wait for each other after each. Python runs one thread at a time, though, so that small steps are better
+taken by all members together. How members are grouped changes their training by rounding only, and
 the same number of threads gives the same bits.
 """
 
@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 import torch
 
 from config import LearnConfig
-from dynamics_model import DynamicsNetwork, NormalisedRows
+from dynamics_model import USES_ONEDNN, DynamicsNetwork, NormalisedRows
 from optimisation import build_optimizer
 
 Result = TypeVar("Result")
 
 _PIECES = 8  # of an epoch; between two, a thread may take another member, so that all threads end at about one time
-# Multiply-adds of one member's forward pass below which calling PyTorch takes longer than the products: there, all
-# members go through each call together. Python runs one thread at a time.
-_SMALL_STEP = 2e7
+# Multiply-adds of one member's forward pass below which all members go through each call together, as Python runs one
+# thread at a time: where calling PyTorch takes longer than the products, or batched products share cores well enough.
+_SMALL_STEP = 2e7 if USES_ONEDNN else 5e7
 
 
 @dataclass(frozen=True)

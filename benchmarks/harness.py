@@ -1,8 +1,8 @@
 """What the benchmarks share: rows in CSV files, the machine they were measured on, tables in README.md, figures.
 
 A benchmark appends finished rows to ``results/NAME.csv`` and skips them when it is run again; its tables and figures
-are made from that file alone. Every row says on which machine and at which commit it was measured; tables show the rows
-of the machine that measured last.
+are made from that file alone. Every row says on which machine and at which commit it was measured; tables of times show
+the rows of the machine that measured last.
 """
 
 from __future__ import annotations
@@ -39,18 +39,25 @@ class Study:
     Args:
         name: Of the CSV, and of the script that writes it.
         folder: Holds ``results/``, ``plots/`` and ``README.md``.
+        is_timed: Whether rows tell how long something took, so that those of different machines do not mix.
     """
 
-    def __init__(self, name: str, folder: Path = FOLDER) -> None:
+    def __init__(self, name: str, folder: Path = FOLDER, is_timed: bool = True) -> None:
         self.name = name
         self.folder = folder
+        self.is_timed = is_timed
         self.csv = folder / "results" / f"{name}.csv"
 
     def rows(self, machine: str | None = None) -> pd.DataFrame:
-        """Returns the rows measured on a machine, by default the one that measured last; empty where there are none."""
+        """Returns the rows measured on a machine, by default the one that measured last; empty where there are none.
+
+        Rows that are not timed are returned whatever the machine.
+        """
         if not self.csv.exists():
             return pd.DataFrame()
         table = pd.read_csv(self.csv)
+        if not self.is_timed:
+            return table
         return table[table["machine"] == (table["machine"].iloc[-1] if machine is None else machine)]
 
     def shown(self) -> pd.DataFrame:
@@ -63,10 +70,14 @@ class Study:
 
     def finished(self, **wanted: Any) -> pd.DataFrame:
         """Returns the rows of this machine that have these values in these columns."""
-        table = self.rows(machine())
-        for column, value in wanted.items() if len(table) else ():
-            table = table[table[column] == value]
-        return table
+        return _having(self.rows(machine()), wanted)
+
+    def discard(self, **wanted: Any) -> None:
+        """Removes the rows that have these values in these columns, whatever the machine."""
+        with locked(self.folder):
+            if self.csv.exists():
+                table = pd.read_csv(self.csv)
+                self._write(table.drop(_having(table, wanted).index))
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements.
@@ -79,8 +90,11 @@ class Study:
         with locked(self.folder):
             if self.csv.exists():
                 table = pd.concat([pd.read_csv(self.csv), table])
-            with atomic_write(self.csv, "w") as file:
-                table.to_csv(file, index=False, float_format="%.6g")
+            self._write(table)
+
+    def _write(self, table: pd.DataFrame) -> None:
+        with atomic_write(self.csv, "w") as file:
+            table.to_csv(file, index=False, float_format="%.6g")
 
     def write_table(self, text: str) -> None:
         """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
@@ -94,7 +108,8 @@ class Study:
             )
         rows = self.rows()
         commits = ", ".join(f"`{commit}`" for commit in rows["commit"].unique())
-        origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {rows['machine'].iloc[-1]}."
+        machines = "; ".join(rows["machine"].unique())
+        origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {machines}."
         picture = f"plots/{self.name}.png"
         shown = f"![{self.name}]({picture})\n\n" if (self.folder / picture).exists() else ""
         with atomic_write(readme, "w") as file:
@@ -106,6 +121,12 @@ class Study:
         path = self.folder / "plots" / f"{self.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
+
+
+def _having(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
+    for column, value in wanted.items() if len(table) else ():
+        table = table[table[column] == value]
+    return table
 
 
 @contextlib.contextmanager
@@ -136,13 +157,13 @@ def command_line(description: str | None) -> CommandLine:
     return parser
 
 
-def open_study(name: str, quick: bool) -> Study:
+def open_study(name: str, quick: bool, is_timed: bool = True) -> Study:
     """Returns the benchmark's files; those of a quick trial are in a temporary folder."""
     if not quick:
-        return Study(name)
+        return Study(name, is_timed=is_timed)
     folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
     shutil.copy(FOLDER / "README.md", folder)
-    return Study(name, folder)
+    return Study(name, folder, is_timed)
 
 
 # --- Machine and versions ---

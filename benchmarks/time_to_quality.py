@@ -106,7 +106,7 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     """Trains what is missing, then draws the table and the figure."""
     args = parse_arguments(argv)
-    study = harness.open_study("time_to_quality", args.quick)
+    study = harness.open_study("time_to_quality", args.quick, is_timed=False)
     times = harness.Study("epoch_times", study.folder)
     if not args.tables:
         deadline = time.monotonic() + 60 * args.minutes
@@ -195,6 +195,8 @@ class Progress:
         self._path = folder / "time_to_quality" / f"{'-'.join(map(str, run.key.values())).replace('/', '-')}.checkpoint"
         unscored = [[math.inf, math.nan]] * run.config.ensemble_size
         self._state: dict[str, Any] = {"epoch": 0, "kept": unscored, "row": None, "training": None}
+        if not self.is_finished and not self._path.exists():
+            study.discard(**run.key)  # what was begun on a machine whose checkpoint is not here
         if self._path.exists():
             self._state = torch.load(self._path, weights_only=True)
             if len(study.finished(**run.key)) < self.epoch:  # stopped between checkpoint and CSV

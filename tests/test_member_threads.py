@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import dynamics_model
 import member_threads
 from config import LearnConfig
 from dataset import Transitions
@@ -79,7 +80,8 @@ def test_a_member_learns_the_same_in_a_small_and_in_a_large_ensemble(probabilist
 
 
 @pytest.mark.usefixtures("several_groups")
-def test_products_of_onednn_do_not_depend_on_the_number_of_threads():
+def test_products_of_onednn_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(dynamics_model, "USES_ONEDNN", dynamics_model._HAS_ONEDNN)
     config = dataclasses.replace(CONFIG, hidden_size=(160, 160), batch_size=160, ensemble_size=3, fit_epochs=1)
 
     assert_close(trained(config, 1), trained(config, 2), members=3)
