@@ -3,7 +3,7 @@
     python publish_results.py results/tier1 results/tier2_doubled
 
 puts, between two marker comments, the answer of the first study with its table and three figures, and below it the
-ratios of every other study that there is. What ``make study`` has made is published by ``make results``.
+tables of every other study that there is. What ``make study`` has made is published by ``make results``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from errors import CommandLine, InputError, exit_on_input_error
+from study_analysis import POOLED
 from study_report import ANSWERS_INTRO, CAPTIONS, answers, markdown_table, rates_at_the_edge, side_by_side
 from utils import atomic_write
 
@@ -70,8 +71,9 @@ def main_part(folder: Path, root: Path) -> str:
     edge = rates_at_the_edge(read_table(folder, "learning_rates"))
     return "\n\n".join(
         [
-            ANSWERS_INTRO + " " + " ".join(answers(paired)),
-            ratios(paired),
+            ANSWERS_INTRO,
+            markdown_table(answers(paired)),
+            by_dataset(paired),
             *figures,
             *([edge] if edge else []),
             f"Everything else, failed trainings and what this does not show included: [report]({shown}/report.md). "
@@ -81,13 +83,15 @@ def main_part(folder: Path, root: Path) -> str:
 
 
 def other_part(folder: Path) -> str:
-    """Returns the ratios of a further study."""
-    return f"**`{command(folder)}`**\n\n{ratios(read_table(folder, 'paired'))}"
+    """Returns the answer of a further study."""
+    paired = read_table(folder, "paired")
+    return f"**`{command(folder)}`**\n\n{markdown_table(answers(paired))}\n\n{by_dataset(paired)}"
 
 
-def ratios(paired: pd.DataFrame) -> str:
-    """Returns ratios with their intervals: a line per metric and dataset, a column per pair of arms."""
-    return markdown_table(side_by_side(paired, "ratio", paired.arm + " / " + paired.reference))
+def by_dataset(paired: pd.DataFrame) -> str:
+    """Returns ratios with their intervals, folded away: a line per metric and dataset, a column per pair of arms."""
+    ratios = side_by_side(paired[paired.dataset != POOLED], "ratio", paired.arm + " / " + paired.reference)
+    return f"<details><summary>Dataset by dataset</summary>\n\n{markdown_table(ratios)}\n\n</details>"
 
 
 def command(folder: Path) -> str:

@@ -49,16 +49,16 @@ LIMITS = (
     "A training that failed counts as the worst in the probability of improvement and the interquartile mean, has its "
     "column in the table of stability, and has no ratio.",
 )
+_ALPHA = 0.05
 ANSWERS_INTRO = (
-    "Ratios of paired errors over all datasets with 95 % intervals, below 1 where the first is better; and the number "
-    "of datasets on which the difference is clear (Holm-adjusted p < 0.05)."
+    "Ratios of paired errors, mean over datasets with 95 % interval, below 1 where the first of the two is better; and "
+    f"on how many datasets it is clearly better or worse (Holm-adjusted p < {_ALPHA})."
 )
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 _MARKERS = "osD^vP"
 _WIDE_FIGURES = (
     "figure { overflow-x: auto; } figure img, figcaption { max-width: 1100px; } figure img { min-width: 640px; }"
 )
-_ALPHA = 0.05
 _LEAST_SPAN = 1.5  # of the axis of a figure about spread
 
 
@@ -86,18 +86,18 @@ def write_report(folder: Path, facts: dict[str, Any], tables: Tables) -> list[Pa
 # --- What it says ---
 
 
-def answers(paired: pd.DataFrame) -> list[str]:
-    """Returns one sentence per primary metric, on every pair of arms."""
-    sentences = []
+def answers(paired: pd.DataFrame) -> pd.DataFrame:
+    """Returns mean ratios and on how many datasets they show: a line per primary metric, a column per pair of arms."""
+    lines = []
     for metric, of_metric in paired.groupby("metric", sort=False):
-        parts = []
+        line = {"": LABELS[metric]}
         for (arm, reference), rows in of_metric.groupby(["arm", "reference"], sort=False):
             is_clear = rows.p_holm < _ALPHA
-            lower, higher = (is_clear & (rows.ratio < 1)).sum(), (is_clear & (rows.ratio > 1)).sum()
-            summary = interval_text(rows.iloc[-1].drop("p_holm"), "ratio")  # the mean over datasets is the last line
-            parts.append(f"{arm} / {reference} {summary}, lower on {lower} and higher on {higher} of {len(rows) - 1}")
-        sentences.append(f"{LABELS[metric]}: {'; '.join(parts)}.")
-    return sentences
+            better, worse = (is_clear & (rows.ratio < 1)).sum(), (is_clear & (rows.ratio > 1)).sum()
+            ratio = interval_text(rows.iloc[-1].drop("p_holm"), "ratio")  # the mean over datasets is the last line
+            line[f"{arm} / {reference}"] = f"{ratio}; better on {better}, worse on {worse} of {len(rows) - 1}"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def build_sections(facts: dict[str, Any], tables: Tables) -> list[Section]:
@@ -324,7 +324,7 @@ def markdown_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Sect
         f"# {facts['title']}",
         facts["lead"],
         ANSWERS_INTRO,
-        "\n".join(f"- {answer}" for answer in answers(tables["paired"])),
+        markdown_table(answers(tables["paired"])),
     ]
     for section in sections:
         parts += [f"## {section.title}", section.text]
@@ -344,8 +344,9 @@ def markdown_table(table: pd.DataFrame) -> str:
 def html_page(facts: dict[str, Any], tables: Tables, sections: Sequence[Section], figures: dict[str, bytes]) -> str:
     """Returns the report as one page that needs nothing but itself."""
     title = html.escape(facts["title"])
-    items = "".join(f"<li>{html.escape(answer)}</li>" for answer in answers(tables["paired"]))
-    parts = [f'<h1>{title}</h1><p class="lead">{html.escape(facts["lead"])}</p><p>{ANSWERS_INTRO}</p><ul>{items}</ul>']
+    table = html_table(answers(tables["paired"]))
+    lead, intro = html.escape(facts["lead"]), html.escape(ANSWERS_INTRO)
+    parts = [f'<h1>{title}</h1><p class="lead">{lead}</p><p>{intro}</p>{table}']
     for section in sections:
         parts.append(f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
         for name in section.figures:

@@ -40,7 +40,7 @@ def test_the_section_has_ratios_figures_rates_at_the_edge_and_the_command(study)
     assert text.startswith(f"# Title\n\n{BEGIN}")
     assert text.endswith(f"{END}\nafter\n")
     assert "outdated" not in text
-    assert "pnn / dnn 1.3 [1.1, 1.5], lower on 0 and higher on 1 of 1" in text
+    assert "| one-step nRMSE | 1.3 [1.1, 1.5]; better on 0, worse on 1 of 1 |" in text
     assert "1.25 [1.1, 1.5] *" in text
     for name in ("horizon", "calibration", "stability"):
         assert f"](results/first/{name}.png)" in text
