@@ -18,10 +18,9 @@ import pandas as pd
 from errors import CommandLine, InputError, exit_on_input_error
 from study_analysis import POOLED
 from study_report import ANSWERS_INTRO, CAPTIONS, answers, markdown_table, rates_at_the_edge, side_by_side
-from utils import atomic_write
+from utils import replace_section
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->\n"
 FIGURES = ("horizon", "calibration", "stability")
 
 
@@ -29,15 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     """Replaces the section's numbers."""
     args = parse_arguments(argv)
     with exit_on_input_error():
-        text = args.readme.read_text(encoding="utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise InputError(f"{args.readme} has no lines {BEGIN.strip()!r} and {END.strip()!r} to write between")
         main_study, *others = args.studies
         parts = [main_part(main_study, args.readme.parent), *(other_part(folder) for folder in others)]
-    with atomic_write(args.readme, "w") as file:
-        file.write(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
+        try:
+            replace_section(args.readme, "results", "\n\n".join(parts))
+        except ValueError as error:
+            raise InputError(str(error)) from None
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Device choice, atomic writes, the commit: small functions that know nothing of the domain."""
+"""Device choice, atomic writes, sections of documents, the commit: small functions that know nothing of the domain."""
 
 from __future__ import annotations
 
@@ -63,6 +63,21 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         with contextlib.suppress(FileNotFoundError):
             Path(temporary).unlink()
         raise
+
+
+def replace_section(path: str | os.PathLike[str], name: str, text: str) -> None:
+    """Replaces what a document has between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, each a line of its own.
+
+    Raises:
+        ValueError: If the document lacks one of these lines.
+    """
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+    before, found, rest = Path(path).read_text(encoding="utf-8").partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise ValueError(f"{path} has no lines {begin.strip()!r} and {end.strip()!r} to write between")
+    with atomic_write(path, "w") as file:
+        file.write(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
 
 
 def git_commit(folder: str | os.PathLike[str]) -> str | None:

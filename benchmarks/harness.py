@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from errors import CommandLine, InputError, exit_on_input_error
-from utils import atomic_write, git_commit
+from utils import atomic_write, git_commit, replace_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +59,10 @@ class Study:
         if not self.is_timed:
             return table
         return table[table["machine"] == (table["machine"].iloc[-1] if machine is None else machine)]
+
+    def machines(self) -> list[str]:
+        """Returns the machines that have measured, the last one first."""
+        return list(dict.fromkeys(reversed(pd.read_csv(self.csv)["machine"].tolist())))
 
     def shown(self) -> pd.DataFrame:
         """Returns the rows for tables and figures; ends the program where nothing has been measured."""
@@ -98,22 +102,14 @@ class Study:
 
     def write_table(self, text: str) -> None:
         """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
-        readme = self.folder / "README.md"
-        begin, end = f"<!-- begin {self.name} -->\n", f"<!-- end {self.name} -->\n"
-        before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-        _, marker, after = rest.partition(end)
-        if not marker:
-            raise ValueError(
-                f"{readme} has no lines {begin.strip()!r} and {end.strip()!r} for this table to go between"
-            )
         rows = self.rows()
         commits = ", ".join(f"`{commit}`" for commit in rows["commit"].unique())
         machines = "; ".join(rows["machine"].unique())
         origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {machines}."
         picture = f"plots/{self.name}.png"
         shown = f"![{self.name}]({picture})\n\n" if (self.folder / picture).exists() else ""
-        with atomic_write(readme, "w") as file:
-            file.write(f"{before}{begin}\n{origin}\n\n{text.strip()}\n\n{shown}{end}{after}")
+        readme = self.folder / "README.md"
+        replace_section(readme, self.name, f"{origin}\n\n{text.strip()}\n\n{shown}")
         print(f"\n{text.strip()}\n\n{self.csv}, {readme}", file=sys.stderr)
 
     def save_figure(self, figure: Figure) -> None:
@@ -254,8 +250,12 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def sections(tables: dict[str, str]) -> str:
     """Returns titled tables, the first in sight and the others folded away."""
     first, *others = tables.items()
-    folded = [f"<details><summary>{title}</summary>\n\n{table}\n\n</details>" for title, table in others]
-    return "\n\n".join([f"**{first[0]}**\n\n{first[1]}", *folded])
+    return "\n\n".join([f"**{first[0]}**\n\n{first[1]}", *(folded(title, table) for title, table in others)])
+
+
+def folded(title: str, text: str) -> str:
+    """Returns text that shows when its title is clicked on."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def spread(summary: pd.Series, form: str = ".3g") -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -102,6 +103,10 @@ class Case:
         from learn_model import build_ensemble
 
         return build_ensemble(self.config, self.transitions)
+
+
+class EnoughRounds(Exception):  # noqa: N818 - no error
+    """Ends a training of which some rounds were wanted."""
 
 
 class Pace:
@@ -254,35 +259,37 @@ def jax(case: Case, pace: Pace) -> None:
 
 
 def products(case: Case, pace: Pace) -> None:
-    """The step's matrix products alone, as ours takes them, threads taking one member after the other."""
+    """The step's matrix products alone: batched, or where oneDNN takes them by threads, one member after the other."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
 
-    from dynamics_model import stacked_linear
+    from dynamics_model import USES_ONEDNN, stacked_linear
 
+    threads, share = (case.threads, 1) if USES_ONEDNN else (1, case.members)
     layers = []
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(case.sizes)):
         hidden, weight, gradient = (
-            torch.randn(case.members, 1, *shape)
+            torch.randn(case.members, *shape)
             for shape in ((case.batch, fan_in), (fan_in, fan_out), (case.batch, fan_out))
         )
         layers.append((index > 0, hidden, weight, gradient))
 
     @torch.no_grad()
-    def steps(member: int) -> None:
+    def steps(first: int) -> None:
+        own = slice(first, first + share)
         for _ in range(case.steps):
             for _, hidden, weight, _ in layers:
-                stacked_linear(hidden[member], weight[member])
+                stacked_linear(hidden[own], weight[own])
             for has_input_gradient, hidden, weight, gradient in reversed(layers):
-                stacked_linear(hidden[member].mT, gradient[member])
+                stacked_linear(hidden[own].mT, gradient[own])
                 if has_input_gradient:
-                    stacked_linear(gradient[member], weight[member].mT)
+                    stacked_linear(gradient[own], weight[own].mT)
 
-    with ThreadPoolExecutor(case.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(case.threads // threads,)) as pool:
         while True:
             pace.tick(case.steps)
-            list(pool.map(steps, range(case.members)))
+            list(pool.map(steps, range(0, case.members, share)))
 
 
 def floor(case: Case, pace: Pace) -> None:
@@ -317,6 +324,28 @@ def floor(case: Case, pace: Pace) -> None:
         pace.report(ms, gflops_per_s=flops_per_s / 1e9, gbytes_per_s=bytes_per_s / 1e9)
 
 
+def ours_by(uses_onednn: bool, small_step: float, case: Case, pace: Pace) -> None:
+    """The product's loop with a library and a grouping of members that it may not have chosen here.
+
+    Args:
+        uses_onednn: Whether large products go through oneDNN, member by member, rather than batched through MKL.
+        small_step: The size of a step from which on threads take members of their own.
+        case: What to train.
+        pace: Of the rounds.
+    """
+    import dynamics_model
+    import member_threads
+
+    dynamics_model.USES_ONEDNN, member_threads._SMALL_STEP = uses_onednn, small_step
+    ours(case, pace)
+
+
+OWN = {  # what the product chooses among, by library and by what cores share
+    "MKL, products shared": partial(ours_by, False, math.inf),
+    "MKL, members shared": partial(ours_by, False, 0),
+    "oneDNN, products shared": partial(ours_by, True, math.inf),
+    "oneDNN, members shared": partial(ours_by, True, 0),
+}
 ARMS: dict[str, Callable[[Case, Pace], None]] = {
     "ours": ours,
     "plain": plain,
@@ -324,6 +353,7 @@ ARMS: dict[str, Callable[[Case, Pace], None]] = {
     "jax": jax,
     "products": products,
     "floor": floor,
+    **OWN,
 }
 NEEDS = {"mbrl": ("mbrl", "hydra", "omegaconf", "gymnasium"), "jax": ("jax", "flax", "optax")}  # packages
 

@@ -25,14 +25,20 @@ import pandas as pd
 from tqdm import tqdm
 
 from benchmarks import harness, step_arms
-from benchmarks.step_arms import ARMS, NEEDS, SIZES, Case
+from benchmarks.step_arms import ARMS, NEEDS, OWN, SIZES, Case
 
 KINDS = ("probabilistic", "deterministic")
 HIDDEN = ("4x200", "4x256", "4x512", "2x512")
 BATCHES = (256, 1024)
 THREADS = (1, 2)
 CASE = ["kind", "hidden", "batch", "size", "threads"]
-OTHERS = [arm for arm in ARMS if arm not in ("ours", "floor")]
+INTRODUCTION = (
+    "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by ours "
+    "in the same round. `products`: the step's matrix products alone. Floor: FLOPs and optimiser traffic at the speeds "
+    "of a large product and of copies, measured in the same rounds. `Ours, otherwise`: the product's own loop with "
+    "each of PyTorch's two libraries, when cores share every product and when they share members."
+)
+OTHERS = [arm for arm in ARMS if arm not in ("ours", "floor", *OWN)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,10 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = itertools.product(args.kind, args.hidden, args.batch, args.size, args.threads)
         for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
             measure(study, case, arms)
-    rows = study.shown()
-    summary = harness.compare(rows, CASE, base="ours")
-    study.save_figure(figure(summary))
-    study.write_table(tables(summary, rows))
+    study.save_figure(figure(harness.compare(study.shown(), CASE, base="ours")))
+    study.write_table(text({machine: study.rows(machine) for machine in study.machines()}))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -73,7 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds of each arm (5)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.kind, args.hidden, args.batch, args.size, args.threads = KINDS, ("4x200",), (256,), ("hopper",), (1,)
+        args.kind, args.hidden, args.batch, args.size, args.threads = KINDS[:1], ("4x200",), (256,), ("hopper",), (1,)
         args.rounds = 2
     return args
 
@@ -132,22 +136,28 @@ def answer(process: subprocess.Popen[str]) -> dict[str, float]:
 # --- Tables and the figure ---
 
 
-def tables(summary: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Returns a table for each environment's sizes and number of threads, the first one in sight."""
+def text(by_machine: dict[str, pd.DataFrame]) -> str:
+    """Returns the tables of the machine that measured last, and below them, folded away, those of the others."""
+    latest, *others = by_machine
+    folded = [harness.folded(f"On {machine}", tables(by_machine[machine])) for machine in others]
+    return "\n\n".join([INTRODUCTION, tables(by_machine[latest]), *folded])
+
+
+def tables(rows: pd.DataFrame) -> str:
+    """Returns a machine's speeds, and a table for each environment's sizes and number of threads."""
     median = rows[rows["arm"] == "floor"].groupby("threads")[["gflops_per_s", "gbytes_per_s"]].median()
     speeds = "; ".join(
         f"with {harness.count(threads, 'thread')} {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
         f"{row.gbytes_per_s:.0f} GB/s in copies"
         for threads, row in median.iterrows()
     )
-    groups = summary.reset_index().groupby(["size", "threads"])
+    groups = harness.compare(rows, CASE, base="ours").reset_index().groupby(["size", "threads"])
     groups = sorted(groups, key=lambda group: (group[0][0] != "hopper", -group[0][1]))  # what the README quotes first
     titled = {f"{size}, {harness.count(threads, 'thread')}": case_table(group) for (size, threads), group in groups}
-    return (
-        "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by "
-        "ours in the same round. `products`: the step's matrix products alone. Floor: FLOPs and optimiser traffic at "
-        f"the speeds measured in the same rounds ({speeds}).\n\n{harness.sections(titled)}"
-    )
+    for (size, threads), group in groups:
+        if set(group["arm"]) & set(OWN):
+            titled[f"Ours, otherwise: {size}, {harness.count(threads, 'thread')}"] = own_table(group)
+    return f"Speeds {speeds}.\n\n{harness.sections(titled)}"
 
 
 def case_table(group: pd.DataFrame) -> str:
@@ -162,6 +172,15 @@ def case_table(group: pd.DataFrame) -> str:
     return harness.markdown(header, lines)
 
 
+def own_table(group: pd.DataFrame) -> str:
+    """Returns how many times longer the product's own steps take with other libraries and groupings of members."""
+    lines = []
+    for (kind, hidden, batch), case in group.groupby(["kind", "hidden", "batch"], sort=False):
+        ratios = dict(zip(case["arm"], case["ratio"], strict=True))
+        lines.append([kind, hidden, str(batch), *(f"{ratios[arm]:.2f}" if arm in ratios else "-" for arm in OWN)])
+    return harness.markdown(["kind", "hidden", "batch", *(f"{arm}, x" for arm in OWN)], lines)
+
+
 def figure(summary: pd.DataFrame) -> Any:
     """Draws the time of a step as a multiple of ours, a panel per kind and batch, for the table that is in sight."""
     table = summary.reset_index()
@@ -172,7 +191,7 @@ def figure(summary: pd.DataFrame) -> Any:
     for axes, (kind, batch) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel = table[(table["kind"] == kind) & (table["batch"] == batch)]
         shown = list(panel["hidden"].unique())
-        arms = [arm for arm in ARMS if arm in set(panel["arm"])]
+        arms = [arm for arm in ARMS if arm in set(panel["arm"]) and arm not in OWN]
         for offset, arm in enumerate(arms):
             own = panel[panel["arm"] == arm]
             places = [shown.index(hidden) + (offset - len(arms) / 2) * 0.8 / len(arms) for hidden in own["hidden"]]

@@ -121,16 +121,11 @@ def main(argv: list[str] | None = None) -> None:
                     train(study, run, deadline)
             except TimeIsUp:
                 print("time is up; the same command goes on from here", file=sys.stderr)
-    table, timed = study.shown(), times.rows()
+    timed = times.rows()
     if timed.empty:
         print("epochs have not been timed yet: on an idle machine, --times", file=sys.stderr)
         return
-    table["name"] = table["recipe"].str.partition("/")[2]
-    table = table[table["data"] == table.groupby("name")["data"].transform("last")]  # what was trained on last
-    per_epoch = timed.groupby(["recipe", "data"])["ms"].median() * EPOCH_PARTS / 1e3
-    table["timed"] = table["recipe"].str.replace("short/", "ours/")  # whose epochs are the same
-    table = table.join(per_epoch.rename("epoch_seconds"), on=["timed", "data"])
-    table["seconds"] = table["epoch"] * table["epoch_seconds"]
+    table = with_seconds(study.shown(), timed)
     study.save_figure(figure(table))
     study.write_table(tables(table, timed))
 
@@ -373,6 +368,16 @@ def epoch_part(run: Run) -> Callable[[], None]:
 
 
 # --- The table and the figure ---
+
+
+def with_seconds(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
+    """Returns epochs with the name of their recipe and the wall time up to their end on the machine of the times."""
+    rows = rows.assign(name=rows["recipe"].str.partition("/")[2])
+    rows = rows[rows["data"] == rows.groupby("name")["data"].transform("last")]  # what was trained on last
+    per_epoch = timed.groupby(["recipe", "data"])["ms"].median() * EPOCH_PARTS / 1e3
+    rows = rows.assign(timed=rows["recipe"].str.replace("short/", "ours/"))  # whose epochs are the same
+    rows = rows.join(per_epoch.rename("epoch_seconds"), on=["timed", "data"])
+    return rows.assign(seconds=rows["epoch"] * rows["epoch_seconds"])
 
 
 def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:

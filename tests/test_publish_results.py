@@ -4,8 +4,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from publish_results import BEGIN, END, main
+from publish_results import main
 from study_analysis import POOLED
+
+BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->\n"
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+"""Writes what the project's README says of speed, from the benchmarks' own files: measures nothing.
+
+python -m benchmarks.headline
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from benchmarks import harness, step_throughput, time_to_quality
+from utils import replace_section
+
+STEPS = (("probabilistic", "4x200"), ("deterministic", "4x256"))
+ARMS = {"plain": "loop over members", "mbrl": "mbrl-lib", "jax": "JAX, vmap and scan"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Replaces the section's numbers."""
+    harness.CommandLine(description=__doc__.split("\n\n")[0]).parse_args(argv)
+    quality = harness.Study("time_to_quality", is_timed=False).shown()
+    timed = harness.Study("epoch_times").shown()
+    text = "\n\n".join(
+        [
+            "Wall time of 7 members to the best validation error that the published recipe reaches in its whole "
+            f"schedule, on {timed['machine'].iloc[-1].partition(' (')[0]}; for probabilistic ensembles both squared "
+            "error and likelihood have to be reached. Medians over seeds, and range; x: of the whole published "
+            "schedule, in brackets up to its best epoch.",
+            quality_table(time_to_quality.with_seconds(quality, timed)),
+            "![Validation error against wall time](benchmarks/plots/time_to_quality.png)",
+            "Time of one optimiser step of 7 members (hopper sizes, batch 256, 2 threads), and the others' time as a "
+            "multiple of it; floor: what its matrix products and the optimiser's memory traffic take at the machine's "
+            "full speed.",
+            step_table(harness.Study("step_throughput")),
+        ]
+    )
+    replace_section(harness.ROOT / "README.md", "speed", text)
+    print(text)
+
+
+def quality_table(rows: pd.DataFrame) -> str:
+    """Returns a line per environment and kind that has both recipes: when ours reaches the published one's best."""
+    lines = []
+    for name, of_name in rows.groupby("name", sort=False):
+        ours, published = (of_name[of_name["recipe"] == f"{source}/{name}"] for source in ("ours", "published"))
+        if ours.empty or published.empty:
+            continue
+        targets = time_to_quality.target_lines(published, ours)
+        *_, (_, *reached) = (line for line in targets if line[0].startswith(("1 x MSE", "both")))
+        errors = published["val_mse"].min(), ours.groupby("seed")["kept_mse"].last().median()
+        minutes = f"{published['seconds'].iloc[-1] / 60:.0f}"
+        lines.append([name, minutes, *reached, *(f"{error:.5f}" for error in errors)])
+    header = ["", "published, minutes", "ours, minutes", "x", "published, validation MSE", "ours, at its end"]
+    return harness.markdown(header, lines)
+
+
+def step_table(study: harness.Study) -> str:
+    """Returns a line per kind and machine."""
+    lines = []
+    for machine in study.machines():
+        summary = harness.compare(study.rows(machine), step_throughput.CASE, base="ours").sort_index()
+        for kind, hidden in STEPS:
+            case = summary.loc[kind, hidden, 256, "hopper", 2]
+            ratios = [f"{case['ratio'][arm]:.2f}" for arm in ARMS]
+            own = f"{case['median']['ours']:.3g}", f"{1 / case['ratio']['floor']:.2f}"
+            lines.append([machine.partition(" (")[0], f"{kind} {hidden}", *own, *ratios])
+    header = ["processor", "", "ours, ms", "ours / floor", *(f"{name}, x" for name in ARMS.values())]
+    return harness.markdown(header, lines)
+
+
+if __name__ == "__main__":
+    main()
