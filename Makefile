@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check study results clean bench bench-steps bench-steps-all bench-prediction bench-around bench-quality bench-headline
+.PHONY: run test lint check study results clean
+.PHONY: bench bench-steps bench-steps-all bench-prediction bench-around bench-quality bench-recipes bench-headline
 
 run: $(VENV)/.installed
 	$(BIN)/python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
@@ -20,7 +21,7 @@ check: lint test
 
 # Benchmarks: finished rows are skipped, so each target can be stopped and run again. On an idle machine, one at a time.
 HOPPER ?= logs/hopper-200k.hdf5
-bench: bench-steps bench-prediction bench-around bench-quality bench-headline
+bench: bench-steps bench-prediction bench-around bench-quality bench-recipes bench-headline
 
 bench-steps: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.step_throughput --size hopper --threads 2
@@ -37,6 +38,9 @@ bench-around: $(VENV)/.installed-bench
 bench-quality: $(VENV)/.installed-bench $(HOPPER)
 	$(BIN)/python -m benchmarks.time_to_quality --data hopper=$(HOPPER) --times
 	$(BIN)/python -m benchmarks.time_to_quality --data hopper=$(HOPPER)
+
+bench-recipes: $(VENV)/.installed-bench $(HOPPER)
+	$(BIN)/python -m benchmarks.recipes_tried --data $(HOPPER)
 
 bench-headline: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.headline

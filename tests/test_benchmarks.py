@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["around_training", "prediction", "step_throughput", "time_to_quality"])
+@pytest.mark.parametrize(
+    "name", ["around_training", "prediction", "recipes_tried", "step_throughput", "time_to_quality"]
+)
 def test_a_quick_trial_measures_draws_and_leaves_what_is_published_alone(name, tmp_path):
     before = {path: path.read_bytes() for path in PUBLISHED.rglob("*") if path.suffix in (".csv", ".md", ".png")}
     done = subprocess.run(
