@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n\n".join(
         [
             "Wall time of 7 members to the best validation error that the published recipe reaches in its whole "
-            f"schedule, on {timed['machine'].iloc[-1].partition(' (')[0]}; for probabilistic ensembles both squared "
-            "error and likelihood have to be reached. Medians over seeds, and range; x: of the whole published "
+            f"schedule, on {timed['machine'].iloc[-1].partition(' (')[0]}; probabilistic ensembles have to reach the "
+            "likelihood of the same weights, too. Medians over seeds, and range; x: of the whole published "
             "schedule, in brackets up to its best epoch.",
             quality_table(time_to_quality.with_seconds(quality, timed)),
             "![Validation error against wall time](benchmarks/plots/time_to_quality.png)",

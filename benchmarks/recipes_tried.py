@@ -4,8 +4,8 @@
     python -m benchmarks.recipes_tried --kind dnn --variants ours relu
     python -m benchmarks.recipes_tried --quick
 
-Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with half of its epochs and one thing
-changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. One seed: differences
+Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one
+thing changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. One seed: differences
 of a few per cent say nothing. Finished variants are skipped.
 """
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             key = {"kind": kind, "variant": name, "data": dataset.sha256[:12]}
             if study.finished(**key).empty:
                 config = load_config(harness.ROOT / "configs" / f"hopper_{kind}.yaml", VARIANTS[kind][name].params)
-                config = dataclasses.replace(config, ensemble_size=1, fit_epochs=config.fit_epochs // 2)
+                config = dataclasses.replace(config, ensemble_size=1, fit_epochs=config.fit_epochs // 4)
                 if args.quick:
                     config = dataclasses.replace(config, fit_epochs=2, hidden_size=(16,), batch_size=512)
                 study.append([key | train(Run(name, config, dataset), VARIANTS[kind][name])])
@@ -169,7 +169,7 @@ def changed_optimizer(variant: Variant, steps: int) -> Iterator[None]:
 
 def table(rows: pd.DataFrame) -> str:
     """Returns a line per variant, the best first, and how its error compares with ours."""
-    parts = ["One member, one seed, half of the epochs of `configs/hopper_*.yaml`, one thing changed."]
+    parts = ["One member, one seed, a quarter of the epochs of `configs/hopper_*.yaml`, one thing changed."]
     for kind, of_kind in rows.groupby("kind", sort=False):
         own = of_kind.loc[of_kind["variant"] == "ours", "val_mse"]
         lines = []

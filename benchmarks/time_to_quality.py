@@ -387,7 +387,8 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
         "Validation MSE in normalised units and NLL in nats, on whole trajectories that are held out; ours: means over "
         "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: epochs "
         "times the wall time of an epoch of 7 members, scoring of the holdout included, which was measured in turn "
-        f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member; "
+        f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member, "
+        "and the likelihood of the same weights (its lowest one swings from epoch to epoch and goes with worse errors); "
         "ours: median over seeds, and range. x: wall time of that whole schedule divided by ours up to the target; in "
         "brackets, of the schedule up to its best epoch."
     ]
@@ -415,7 +416,8 @@ def recipe_table(published: pd.DataFrame, variants: dict[str, pd.DataFrame]) -> 
     if not published.empty:
         end = published.iloc[-1]
         state = "" if end["is_last"] else " so far"
-        best = [f"{published['val_mse'].min():.5f}", number(published["nll"].min(), ".3f")]
+        kept = published.loc[published["val_mse"].idxmin()]
+        best = [f"{kept['val_mse']:.5f}", number(kept["nll"], ".3f")]
         lines.append([f"published{state}, best", *effort(end), *best])
     for variant, ours in variants.items():
         for seed, run in ours.groupby("seed"):
@@ -437,9 +439,10 @@ def target_lines(published: pd.DataFrame, ours: pd.DataFrame) -> list[list[str]]
         target = factor * best["val_mse"]
         goals[f"{factor:g} x MSE, {target:.5f}"] = ours["kept_mse"] <= target
     if published["nll"].notna().any():
-        reaches_nll = ours["kept_nll"] <= published["nll"].min()
-        goals[f"NLL, {published['nll'].min():.3f}"] = reaches_nll
-        goals["both, MSE and NLL"] = reaches_nll & (ours["kept_mse"] <= best["val_mse"])
+        lowest, reaches_nll = published["nll"].min(), ours["kept_nll"] <= best["nll"]
+        goals[f"its lowest NLL of all epochs, {lowest:.3f}"] = ours["kept_nll"] <= lowest
+        goals[f"NLL of the same weights, {best['nll']:.3f}"] = reaches_nll
+        goals["both, MSE and NLL of the same weights"] = reaches_nll & (ours["kept_mse"] <= best["val_mse"])
     lines = []
     for goal, reached in goals.items():
         times = ours[reached].groupby("seed")["seconds"].min()
