@@ -4,8 +4,8 @@
     python -m benchmarks.recipes_tried --kind dnn --variants ours relu
     python -m benchmarks.recipes_tried --quick
 
-Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one
-thing changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. One seed: differences
+Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one thing
+changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. One seed: differences
 of a few per cent say nothing. Finished variants are skipped.
 """
 
@@ -98,6 +98,7 @@ VARIANTS = {
         "plain likelihood": Variant(("beta_nll=0", "beta_nll_decay=0")),
         "beta-NLL 0.5 to the end": Variant(("beta_nll=0.5", "beta_nll_decay=0")),
         "beta-NLL 1 to the end": Variant(("beta_nll=1", "beta_nll_decay=0")),
+        "beta-NLL falling by half of training": Variant(("beta_nll_decay=0.5",)),
         "beta-NLL falling to the end": Variant(("beta_nll_decay=1",)),
         "twice the peak rate": Variant(("fit_lr=8e-3",)),
     },

@@ -388,7 +388,7 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
         "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: epochs "
         "times the wall time of an epoch of 7 members, scoring of the holdout included, which was measured in turn "
         f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member, "
-        "and the likelihood of the same weights (its lowest one swings from epoch to epoch and goes with worse errors); "
+        "and the likelihood of the same weights (its lowest one is that of other weights, with a worse error); "
         "ours: median over seeds, and range. x: wall time of that whole schedule divided by ours up to the target; in "
         "brackets, of the schedule up to its best epoch."
     ]
