@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wai
     from study_cells import Cell, Result
     from study_tracking import StudyTracker
 
-LEARNING_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)  # around the defaults of both kinds, 4e-3 and 8e-3
+LEARNING_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)  # around the defaults of both kinds, 4e-3 and 5e-3
 TRIAL_SEED = 10_000  # of the choice of learning rates; seeds of a study are smaller
 Arms = dict[str, LearnConfig]
 Datasets = dict[str, "Dataset"]

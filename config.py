@@ -49,7 +49,7 @@ class LearnConfig:
     # Rows per member and step; the last batch of an epoch holds what is left.
     batch_size: int = 256
     # Learning rate of Adam: where it starts, or its peak for onecycle.
-    fit_lr: float = 8e-3
+    fit_lr: float = 5e-3
     # Course of the learning rate; null keeps it constant.
     scheduler: Literal["exponential", "multistep", "cosine", "onecycle"] | None = "onecycle"
     # Factor per epoch (exponential) or per milestone (multistep).

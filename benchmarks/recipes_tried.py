@@ -5,8 +5,9 @@
     python -m benchmarks.recipes_tried --quick
 
 Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one thing
-changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. One seed: differences
-of a few per cent say nothing. Finished variants are skipped.
+changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. Deterministic ones have
+a peak rate of 0.008, which so short a training wants. One seed: differences of a few per cent say nothing. Finished
+variants are skipped.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def average_weights(optimizer: Optimizer, steps: int) -> None:
     optimizer.register_step_post_hook(after_step)
 
 
+BASE = {"dnn": ("fit_lr=8e-3",), "pnn": ()}  # before a variant's own settings
 VARIANTS = {
     "dnn": {
         "ours": Variant(),
@@ -80,6 +82,7 @@ VARIANTS = {
         "published schedule: exponential from 5e-4": Variant(("scheduler=exponential", "fit_lr=5e-4")),
         "cosine without warm-up": Variant(("scheduler=cosine",)),
         "half the peak rate": Variant(("fit_lr=4e-3",)),
+        "peak rate of the whole training, 0.005": Variant(("fit_lr=5e-3",)),
         "1.5 times the peak rate": Variant(("fit_lr=1.2e-2",)),
         "batch 128": Variant(("batch_size=128",)),
         "batch 512": Variant(("batch_size=512",)),
@@ -116,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         for kind, name in tqdm(wanted, unit="variant"):
             key = {"kind": kind, "variant": name, "data": dataset.sha256[:12]}
             if study.finished(**key).empty:
-                config = load_config(harness.ROOT / "configs" / f"hopper_{kind}.yaml", VARIANTS[kind][name].params)
+                params = (*BASE[kind], *VARIANTS[kind][name].params)
+                config = load_config(harness.ROOT / "configs" / f"hopper_{kind}.yaml", params)
                 config = dataclasses.replace(config, ensemble_size=1, fit_epochs=config.fit_epochs // 4)
                 if args.quick:
                     config = dataclasses.replace(config, fit_epochs=2, hidden_size=(16,), batch_size=512)
@@ -170,7 +174,10 @@ def changed_optimizer(variant: Variant, steps: int) -> Iterator[None]:
 
 def table(rows: pd.DataFrame) -> str:
     """Returns a line per variant, the best first, and how its error compares with ours."""
-    parts = ["One member, one seed, a quarter of the epochs of `configs/hopper_*.yaml`, one thing changed."]
+    parts = [
+        "One member, one seed, a quarter of the epochs of `configs/hopper_*.yaml`, one thing changed; `ours` of "
+        "`hopper_dnn` has a peak rate of 0.008, which so short a training wants."
+    ]
     for kind, of_kind in rows.groupby("kind", sort=False):
         own = of_kind.loc[of_kind["variant"] == "ours", "val_mse"]
         lines = []
