@@ -5,9 +5,9 @@
     python -m benchmarks.recipes_tried --quick
 
 Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one thing
-changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. Deterministic ones have
-a peak rate of 0.008, which so short a training wants. One seed: differences of a few per cent say nothing. Finished
-variants are skipped.
+changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. Deterministic ones
+have a peak rate of 0.008, which so short a training wants. One seed: differences of a few per cent say nothing.
+Finished variants are skipped.
 """
 
 from __future__ import annotations
