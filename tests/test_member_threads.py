@@ -209,7 +209,15 @@ def test_what_goes_wrong_in_a_thread_reaches_the_caller_and_ends_the_others():
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.usefixtures("several_groups")
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Has Ctrl-C interrupt tests that were started in the background, too, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("several_groups", "ctrl_c")
 def test_ctrl_c_ends_training_between_two_pieces():
     torch.set_num_threads(2)
     taken = []
