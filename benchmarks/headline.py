@@ -43,7 +43,7 @@ def quality_table(rows: pd.DataFrame) -> str:
     for name, of_name in rows.groupby("name", sort=False):
         published = of_name[of_name["recipe"] == f"published/{name}"]
         for source, title in (("ours", name), ("short", f"{name}, three quarters of the epochs")):
-            ours = of_name[of_name["recipe"] == f"{source}/{name}"]
+            ours = time_to_quality.finished(of_name[of_name["recipe"] == f"{source}/{name}"])
             if ours.empty or published.empty:
                 continue
             targets = time_to_quality.target_lines(published, ours)

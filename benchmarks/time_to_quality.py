@@ -425,10 +425,15 @@ def recipe_table(published: pd.DataFrame, variants: dict[str, pd.DataFrame]) -> 
             error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001
             state = "" if end["is_last"] else " so far"
             lines.append([f"{variant}, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
-        if not (published.empty or ours.empty):
-            targets += [[variant, *line] for line in target_lines(published, ours)]
+        if not (published.empty or finished(ours).empty):
+            targets += [[variant, *line] for line in target_lines(published, finished(ours))]
     table = harness.markdown(header, lines)
     return table + "\n\n" + harness.markdown(["", "target", "minutes", "x"], targets) if targets else table
+
+
+def finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the epochs of the trainings of one recipe that have come to their end."""
+    return rows[rows.groupby("seed")["is_last"].transform("any")]
 
 
 def target_lines(published: pd.DataFrame, ours: pd.DataFrame) -> list[list[str]]:
