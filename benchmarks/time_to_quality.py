@@ -395,7 +395,9 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
     for name in rows["name"].unique():
         of_name = rows[rows["name"] == name]
         ours, short, published = (of_name[of_name["recipe"] == f"{source}/{name}"] for source in SOURCES)
-        text.append(f"**{name}**\n\n{recipe_table(published, {'ours': ours, 'ours, half of the epochs': short})}")
+        text.append(
+            f"**{name}**\n\n{recipe_table(published, {'ours': ours, 'ours, three quarters of the epochs': short})}"
+        )
     text.append(f"**Seconds an epoch of 7 members takes: median and range**\n\n{times_table(timed)}")
     return "\n\n".join(text)
 
