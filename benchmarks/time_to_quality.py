@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         with exit_on_input_error():
             runs = planned_runs(args)
         if args.times or args.quick:
-            time_epochs(times, runs)
+            time_epochs(times, runs, *((2, 0.1) if args.quick else (7, 2)))
         if not args.times:
             try:
                 for run in runs:
@@ -321,14 +321,14 @@ class EpochIsOver(Exception):  # noqa: N818 - no error
     """Ends a training of which one epoch was wanted."""
 
 
-def time_epochs(times: harness.Study, runs: list[Run]) -> None:
+def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: float) -> None:
     """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring included."""
     for name in NAMES:
         of_name = {run.recipe: run for run in runs if run.recipe in (f"ours/{name}", f"published/{name}")}
         if not of_name or all(len(times.finished(recipe=run.recipe, data=run.key["data"])) for run in of_name.values()):
             continue
         print(f"{name}: timing {', '.join(of_name)}")
-        rows = harness.in_turn({recipe: epoch_part(run) for recipe, run in of_name.items()}, rounds=7, seconds=2)
+        rows = harness.in_turn({recipe: epoch_part(run) for recipe, run in of_name.items()}, rounds, seconds)
         data = next(iter(of_name.values())).key["data"]
         times.append(
             [{"recipe": row.pop("arm"), "data": data, "threads": torch.get_num_threads()} | row for row in rows]
