@@ -2,8 +2,8 @@
 
 No member's training depends on another's, so threads need to meet at the end of an epoch only, while cores that share
 every product wait for each other after each. Python runs one thread at a time, though, so that small steps are better
-taken by all members together. How members are grouped changes their training by rounding only, and
-the same number of threads gives the same bits.
+taken by all members together. How members are grouped changes their training by rounding only, and the same number of
+threads gives the same bits.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Study:
     def write_table(self, text: str) -> None:
         """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
         rows = self.rows()
-        commits = ", ".join(f"`{commit}`" for commit in rows["commit"].unique())
+        commits = " to ".join(f"`{commit}`" for commit in dict.fromkeys(rows["commit"].iloc[[0, -1]]))
         machines = "; ".join(rows["machine"].unique())
         origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {machines}."
         picture = f"plots/{self.name}.png"

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,3 +128,11 @@ def test_transforms_of_a_network_are_those_without_onednn(monkeypatch, transform
     ours = transform(summed)(torch.zeros(4))
     monkeypatch.setattr(dynamics_model, "USES_ONEDNN", False)
     torch.testing.assert_close(ours, transform(summed)(torch.zeros(4)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux says so in a file")
+def test_the_maker_of_the_processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+
+    assert dynamics_model._is_amd() == (makers == {"AuthenticAMD"})
