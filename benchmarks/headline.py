@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     timed = harness.Study("epoch_times").shown()
     text = "\n\n".join(
         [
-            "Written by `python -m benchmarks.headline`. Wall time of 7 members to the best validation error that the published recipe reaches in its whole "
+            "Written by `python -m benchmarks.headline`. "
+            "Wall time of 7 members to the best validation error that the published recipe reaches in its whole "
             f"schedule, on {timed['machine'].iloc[-1].partition(' (')[0]}; probabilistic ensembles have to reach the "
             "likelihood of the same weights, too. Medians over seeds, and range; x: of the whole published "
             "schedule, in brackets up to its best epoch.",
