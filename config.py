@@ -68,6 +68,9 @@ class LearnConfig:
     beta_nll_decay: float = 0.0
     # Largest norm of a member's gradient per step; null leaves gradients as they are.
     grad_clip: float | None = None
+    # Share of training, from its start, whose matrix products may round what they multiply where that is faster: to
+    # bfloat16 on processors with AMX, to TF32 on GPUs; 0 never rounds. Errors are always measured in full precision.
+    reduced_precision: float = 0.8
 
     # --- Data ---
     # Train each member on its own draw, with replacement, of as many training rows as there are.
@@ -97,7 +100,7 @@ class LearnConfig:
             _require(value is None or value >= 1, name, value, "null or at least 1")
         for name in ("fit_lr", "scheduler_gamma"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("beta_nll", "beta_nll_decay", "warmup_fraction"):
+        for name in ("beta_nll", "beta_nll_decay", "warmup_fraction", "reduced_precision"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("seed", "split_seed"):
             value = getattr(self, name)

@@ -51,14 +51,14 @@ _ONEDNN_SIDE = 160
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _is_amd() -> bool:
-    """Whether this is a processor of AMD's."""
+def processor_says(word: str) -> bool:
+    """Whether a word, such as a maker or an instruction set, is in what the system says of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    return "AMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+    return word in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
 
 
 # PyTorch's own products are Intel's (MKL), which take twice oneDNN's time on AMD's processors and less on Intel's.
-USES_ONEDNN = _HAS_ONEDNN and _is_amd()
+USES_ONEDNN = _HAS_ONEDNN and processor_says("AMD")
 _PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")
 
 Array = np.ndarray | Tensor

@@ -148,7 +148,7 @@ def train_ensemble(
     import torch
 
     from member_threads import MemberThreads
-    from optimisation import BestWeights, draw_bootstrap, draw_order
+    from optimisation import BestWeights, draw_bootstrap, draw_order, product_precision
 
     network, rows = ensemble.network, len(train.inputs)
     network.requires_grad_(True)
@@ -168,7 +168,8 @@ def train_ensemble(
             if bootstrap is not None:
                 order = bootstrap.gather(1, order)
             order = order.to(ensemble.device)
-            losses = threads.map_rows(partial(take_steps, config, train, order, epoch), rows, config.batch_size)
+            with product_precision(config, epoch, order.is_cuda):
+                losses = threads.map_rows(partial(take_steps, config, train, order, epoch), rows, config.batch_size)
 
             holdout_scores = threads.score(holdout) if holdout is not None else {}
             if best is not None:

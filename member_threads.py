@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 _PIECES = 8  # of an epoch; between two, a thread may take another member, so that all threads end at about one time
 # Multiply-adds of one member's forward pass below which all members go through each call together, as Python runs one
 # thread at a time: where calling PyTorch takes longer than the products, or batched products share cores well enough.
-_SMALL_STEP = 2e7 if USES_ONEDNN else 5e7
+_SMALL_STEP = 2e7 if USES_ONEDNN else 8e7
 
 
 @dataclass(frozen=True)

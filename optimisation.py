@@ -5,16 +5,20 @@ Everything here treats members apart: parameters carry a leading ensemble axis, 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import LearnConfig
-from dynamics_model import DynamicsNetwork, random_stream
+from dynamics_model import DynamicsNetwork, processor_says, random_stream
 
+_CPU_PRODUCTS = getattr(torch.backends.mkldnn, "matmul", None)
+# Intel's AMX multiplies bfloat16 many times as fast as float32; AVX-512's instructions for it gain nothing here.
+MULTIPLIES_BFLOAT16 = _CPU_PRODUCTS is not None and processor_says("amx_bf16")
 _ONECYCLE_START = 1 / 25  # of the peak rate; Smith and Topin 2019, with the ratio that PyTorch's scheduler has
 
 
@@ -56,6 +60,32 @@ def learning_rate(config: LearnConfig, epoch: float) -> float:
 def _half_cosine(progress: float) -> float:
     """Falls from 1 at 0 to 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@contextlib.contextmanager
+def product_precision(config: LearnConfig, epoch: int, is_cuda: bool) -> Iterator[None]:
+    """Lets matrix products of an epoch round their operands, where config.reduced_precision says so.
+
+    Sums, weights, moments and everything but products stay in float32. The rounding is noise of some 0.2 % of a
+    product, which hides behind that of minibatches until training is about to end; what is nearly certain is learned
+    in full precision then.
+
+    Args:
+        config: Settings.
+        epoch: Which one, from 0.
+        is_cuda: Whether training is on a GPU; PyTorch knows which of them have TF32.
+    """
+    backend, rounded = (torch.backends.cuda.matmul, "tf32") if is_cuda else (_CPU_PRODUCTS, "bf16")
+    if not hasattr(backend, "fp32_precision"):  # before PyTorch 2.9
+        yield
+        return
+    is_reduced = epoch < config.reduced_precision * config.fit_epochs and (is_cuda or MULTIPLIES_BFLOAT16)
+    before = backend.fp32_precision
+    backend.fp32_precision = rounded if is_reduced else "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def draw_bootstrap(seed: int, ensemble_size: int, rows: int) -> Tensor:

@@ -135,8 +135,15 @@ class Pace:
 # --- The arms ---
 
 
-def ours(case: Case, pace: Pace) -> None:
-    """The product's own training loop; a round is an epoch, of rows from all over the data."""
+def ours(case: Case, pace: Pace, **settings: Any) -> None:
+    """The product's own training loop; a round is an epoch, of rows from all over the data.
+
+    Args:
+        case: What to train.
+        pace: Of the rounds.
+        **settings: Of ``LearnConfig``, where they are not the defaults. These epochs are the first of many, whose
+            products may round their operands (``reduced_precision``).
+    """
     import torch
 
     from dynamics_model import NormalisedRows
@@ -157,7 +164,7 @@ def ours(case: Case, pace: Pace) -> None:
 
     pace.tick(case.steps)
     few = FewRows(*(part if part is None else part[:rows_of_round] for part in every))
-    train_ensemble(ensemble, dataclasses.replace(case.config, fit_epochs=1000), few, None, Rounds())
+    train_ensemble(ensemble, dataclasses.replace(case.config, fit_epochs=1000, **settings), few, None, Rounds())
 
 
 def plain(case: Case, pace: Pace) -> None:
@@ -259,12 +266,13 @@ def jax(case: Case, pace: Pace) -> None:
 
 
 def products(case: Case, pace: Pace) -> None:
-    """The step's matrix products alone: batched, or where oneDNN takes them by threads, one member after the other."""
+    """The step's matrix products alone, as ours takes them but for one thing: those of oneDNN always share members."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
 
     from dynamics_model import USES_ONEDNN, stacked_linear
+    from optimisation import product_precision
 
     threads, share = (case.threads, 1) if USES_ONEDNN else (1, case.members)
     layers = []
@@ -286,21 +294,29 @@ def products(case: Case, pace: Pace) -> None:
                 if has_input_gradient:
                     stacked_linear(gradient[own], weight[own].mT)
 
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(case.threads // threads,)) as pool:
+    threads_each = (case.threads // threads,)
+    with (
+        product_precision(case.config, epoch=0, is_cuda=False),
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=threads_each) as pool,
+    ):
         while True:
             pace.tick(case.steps)
             list(pool.map(steps, range(0, case.members, share)))
 
 
-def floor(case: Case, pace: Pace) -> None:
+def floor(case: Case, pace: Pace, reduced_precision: float = 0.0) -> None:
     """What no step can beat: its FLOPs at the speed of a large product, and Adam's traffic at the speed of a copy.
 
-    The product is that of the faster of PyTorch's two libraries, MKL and oneDNN, which may differ twofold.
-    Adam has to read parameters, gradients and two moments and to write all but the gradients. The copy is of as much
-    memory as these take, so that it profits from caches as the optimiser may.
+    The product is that of the faster of PyTorch's two libraries, MKL and oneDNN, which may differ twofold; it rounds
+    its operands where a training with this ``reduced_precision`` begins so. Adam has to read parameters, gradients and
+    two moments and to write all but the gradients. The copy is of as much memory as these take, so that it profits from
+    caches as the optimiser may.
     """
     import torch
 
+    from optimisation import product_precision
+
+    config = dataclasses.replace(case.config, reduced_precision=reduced_precision)
     large = torch.randn(2048, 2048)
     libraries = [lambda: large @ large]
     if torch.backends.mkldnn.is_available():
@@ -318,7 +334,8 @@ def floor(case: Case, pace: Pace) -> None:
         return (time.perf_counter() - start) / times
 
     while True:
-        flops_per_s = 2 * len(large) ** 3 / min(seconds(library, 3) for library in libraries)
+        with product_precision(config, epoch=0, is_cuda=False):
+            flops_per_s = 2 * len(large) ** 3 / min(seconds(library, 3) for library in libraries)
         bytes_per_s = 2 * 4 * len(source) / seconds(lambda: copy.copy_(source), copies)
         ms = (case.flops / flops_per_s + traffic / bytes_per_s) * 1e3
         pace.report(ms, gflops_per_s=flops_per_s / 1e9, gbytes_per_s=bytes_per_s / 1e9)
@@ -348,11 +365,13 @@ OWN = {  # what the product chooses among, by library and by what cores share
 }
 ARMS: dict[str, Callable[[Case, Pace], None]] = {
     "ours": ours,
+    "full precision": partial(ours, reduced_precision=0.0),
     "plain": plain,
     "mbrl": mbrl,
     "jax": jax,
     "products": products,
     "floor": floor,
+    "rounded floor": partial(floor, reduced_precision=1.0),
     **OWN,
 }
 NEEDS = {"mbrl": ("mbrl", "hydra", "omegaconf", "gymnasium"), "jax": ("jax", "flax", "optax")}  # packages

@@ -34,11 +34,15 @@ THREADS = (1, 2)
 CASE = ["kind", "hidden", "batch", "size", "threads"]
 INTRODUCTION = (
     "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by ours "
-    "in the same round. `products`: the step's matrix products alone. Floor: FLOPs and optimiser traffic at the speeds "
-    "of a large product and of copies, measured in the same rounds. `Ours, otherwise`: the product's own loop with "
-    "each of PyTorch's two libraries, when cores share every product and when they share members."
+    "in the same round. Ours: a step of the first 80 % of training, whose products round their operands to bfloat16 "
+    "where the processor has AMX (`reduced_precision`); `full precision`: a step of the rest. All others compute in "
+    "float32. `products`: the matrix products of ours alone. Floor: FLOPs and optimiser traffic at the speeds of a "
+    "large float32 product and of copies, measured in the same rounds; rounded floor: the same with a large product "
+    "that rounds as ours do. `Ours, otherwise`: the product's own loop with each of PyTorch's two libraries, when "
+    "cores share every product and when they share members."
 )
-OTHERS = [arm for arm in ARMS if arm not in ("ours", "floor", *OWN)]
+FLOORS = ("floor", "rounded floor")
+OTHERS = [arm for arm in ARMS if arm not in ("ours", *FLOORS, *OWN)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,11 +149,11 @@ def text(by_machine: dict[str, pd.DataFrame]) -> str:
 
 def tables(rows: pd.DataFrame) -> str:
     """Returns a machine's speeds, and a table for each environment's sizes and number of threads."""
-    median = rows[rows["arm"] == "floor"].groupby("threads")[["gflops_per_s", "gbytes_per_s"]].median()
+    median = rows[rows["arm"].isin(FLOORS)].groupby(["threads", "arm"])[["gflops_per_s", "gbytes_per_s"]].median()
     speeds = "; ".join(
-        f"with {harness.count(threads, 'thread')} {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
+        f"{harness.count(threads, 'thread')}, {arm}: {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
         f"{row.gbytes_per_s:.0f} GB/s in copies"
-        for threads, row in median.iterrows()
+        for (threads, arm), row in median.iterrows()
     )
     groups = harness.compare(rows, CASE, base="ours").reset_index().groupby(["size", "threads"])
     groups = sorted(groups, key=lambda group: (group[0][0] != "hopper", -group[0][1]))  # what the README quotes first
@@ -157,18 +161,20 @@ def tables(rows: pd.DataFrame) -> str:
     for (size, threads), group in groups:
         if set(group["arm"]) & set(OWN):
             titled[f"Ours, otherwise: {size}, {harness.count(threads, 'thread')}"] = own_table(group)
-    return f"Speeds {speeds}.\n\n{harness.sections(titled)}"
+    return f"Speeds. {speeds}.\n\n{harness.sections(titled)}"
 
 
 def case_table(group: pd.DataFrame) -> str:
     """Returns the table of one environment's sizes and number of threads: a line per kind, network and batch."""
-    header = ["kind", "hidden", "batch", "ours, ms", *(f"{arm}, x" for arm in OTHERS), "floor, ms", "ours / floor"]
+    header = ["kind", "hidden", "batch", "ours, ms", *(f"{arm}, x" for arm in OTHERS)]
+    header += ["floor, ms", *(f"ours / {arm}" for arm in FLOORS)]
     lines = []
     for (kind, hidden, batch), case in group.groupby(["kind", "hidden", "batch"], sort=False):
         arms: dict[str, Any] = {row["arm"]: row for _, row in case.iterrows()}
         ratios = [f"{arms[arm]['ratio']:.2f}" if arm in arms else "not measured" for arm in OTHERS]
-        floor = [harness.spread(arms["floor"]), f"{1 / arms['floor']['ratio']:.2f}"] if "floor" in arms else ["-", "-"]
-        lines.append([kind, hidden, str(batch), harness.spread(arms["ours"]), *ratios, *floor])
+        floors = [f"{1 / arms[arm]['ratio']:.2f}" if arm in arms else "-" for arm in FLOORS]
+        floors = [harness.spread(arms["floor"]) if "floor" in arms else "-", *floors]
+        lines.append([kind, hidden, str(batch), harness.spread(arms["ours"]), *ratios, *floors])
     return harness.markdown(header, lines)
 
 

@@ -11,10 +11,10 @@ quarters of the epochs. A published recipe (a file of ``configs/published/``) is
 (``plain_loop.py``), of which one member stands for seven: that would take a day. The same whole trajectories are held
 out from all. What an epoch gives and what it takes are measured apart: errors in trainings that may stop, go on from
 their last epoch when the command is given again, and share the machine with others; times on a machine that does
-nothing else, of both recipes in turn, all seven members of both, as parts of an epoch (``--times``).
+nothing else, of both recipes in turn, all seven members of both, as parts of an epoch (``--times``). Epochs of ours
+whose products round their operands (``reduced_precision``) take less time than others, which are timed as ``full``.
 
-The hopper data,
-200,000 transitions, are made by
+The hopper data, 200,000 transitions, are made by
 
     python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 \
         --output logs/hopper-200k.hdf5
@@ -43,7 +43,7 @@ from dataset import Dataset, gather_transitions, load_dataset, split_trajectorie
 from dynamics_model import DynamicsEnsemble, NormalisedRows
 from errors import exit_on_input_error
 from learn_model import build_ensemble, train_ensemble
-from optimisation import draw_order, learning_rate
+from optimisation import MULTIPLIES_BFLOAT16, draw_order, learning_rate
 from tracking import NullTracker
 from utils import atomic_write
 
@@ -93,6 +93,11 @@ class Run:
     def is_published(self) -> bool:
         """Whether the plain loop trains it."""
         return self.recipe.startswith("published")
+
+    def is_reduced(self, epoch: int) -> bool:
+        """Whether the products of an epoch, counted from 1, rounded their operands."""
+        config = self.config
+        return MULTIPLIES_BFLOAT16 and not self.is_published and epoch <= config.reduced_precision * config.fit_epochs
 
     @property
     def epoch_flops(self) -> int:
@@ -230,6 +235,7 @@ class Progress:
         row = self._run.key | {
             "epoch": epoch,
             "tflop": epoch * self._run.epoch_flops / 1e12,
+            "is_reduced": self._run.is_reduced(epoch),
             "val_mse": mean([error for error, _ in scores]),
             "nll": mean([nll for _, nll in scores]),
             "kept_mse": mean(errors),
@@ -322,9 +328,15 @@ class EpochIsOver(Exception):  # noqa: N818 - no error
 
 
 def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: float) -> None:
-    """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring included."""
+    """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring included.
+
+    Epochs of ours in full precision are a recipe of their own, ``full/NAME``.
+    """
     for name in NAMES:
         of_name = {run.recipe: run for run in runs if run.recipe in (f"ours/{name}", f"published/{name}")}
+        if (ours := of_name.get(f"ours/{name}")) is not None:
+            in_full = dataclasses.replace(ours.config, reduced_precision=0.0)
+            of_name[f"full/{name}"] = dataclasses.replace(ours, config=in_full)
         if not of_name or all(len(times.finished(recipe=run.recipe, data=run.key["data"])) for run in of_name.values()):
             continue
         print(f"{name}: timing {', '.join(of_name)}")
@@ -337,7 +349,8 @@ def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: flo
 
 def epoch_part(run: Run) -> Callable[[], None]:
     """Returns a function that trains seven members on a share of the rows, and scores the same share of the holdout."""
-    config = dataclasses.replace(run.config, ensemble_size=MEMBERS, fit_epochs=3)
+    precision = float(run.config.reduced_precision > 0)
+    config = dataclasses.replace(run.config, ensemble_size=MEMBERS, fit_epochs=3, reduced_precision=precision)
     ensemble, *rows = dataclasses.replace(run, config=config).rows
     train, holdout = (next(part.chunks(math.ceil(len(part.inputs) / EPOCH_PARTS))) for part in rows)
     if run.is_published:
@@ -375,9 +388,10 @@ def with_seconds(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(name=rows["recipe"].str.partition("/")[2])
     rows = rows[rows["data"] == rows.groupby("name")["data"].transform("last")]  # what was trained on last
     per_epoch = timed.groupby(["recipe", "data"])["ms"].median() * EPOCH_PARTS / 1e3
-    rows = rows.assign(timed=rows["recipe"].str.replace("short/", "ours/"))  # whose epochs are the same
+    kind_of_epoch = rows["is_reduced"].map({True: "ours/", False: "full/"}) + rows["name"]
+    rows = rows.assign(timed=rows["recipe"].where(rows["recipe"].str.startswith("published/"), kind_of_epoch))
     rows = rows.join(per_epoch.rename("epoch_seconds"), on=["timed", "data"])
-    return rows.assign(seconds=rows["epoch"] * rows["epoch_seconds"])
+    return rows.assign(seconds=rows.groupby(["recipe", "seed"])["epoch_seconds"].cumsum())
 
 
 def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:

@@ -7,10 +7,85 @@ import numpy as np
 import pytest
 import torch
 
+import optimisation
 from config import LearnConfig
 from dynamics_model import DynamicsEnsemble
-from optimisation import BestWeights, build_optimizer, clip_gradients, draw_bootstrap, draw_order, learning_rate
+from optimisation import (
+    BestWeights,
+    build_optimizer,
+    clip_gradients,
+    draw_bootstrap,
+    draw_order,
+    learning_rate,
+    product_precision,
+)
 from probabilistic_model import ProbabilisticModel
+
+# --- Precision of products ---
+
+NEEDS_PRECISIONS = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this PyTorch rounds no products on CPUs"
+)
+
+
+def precisions(config: LearnConfig, is_cuda: bool = False) -> list[str]:
+    """What PyTorch may round the operands of matrix products to in each epoch."""
+    backend, found = torch.backends.cuda.matmul if is_cuda else torch.backends.mkldnn.matmul, []
+    for epoch in range(config.fit_epochs):
+        with product_precision(config, epoch, is_cuda):
+            found.append(backend.fp32_precision)
+    return found
+
+
+@NEEDS_PRECISIONS
+@pytest.mark.parametrize(("share", "epochs"), [(0, 0), (0.5, 2), (0.8, 4), (1, 5)])
+def test_products_round_in_the_first_share_of_the_epochs(share, epochs, monkeypatch):
+    monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", True)
+    config = LearnConfig(fit_epochs=4 if share == 0.5 else 5, reduced_precision=share)
+
+    assert precisions(config) == ["bf16"] * epochs + ["ieee"] * (config.fit_epochs - epochs)
+
+
+@NEEDS_PRECISIONS
+def test_products_round_only_where_the_processor_has_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", False)
+    config = LearnConfig(fit_epochs=2, reduced_precision=1)
+
+    assert precisions(config) == ["ieee"] * 2
+    assert precisions(config, is_cuda=True) == ["tf32"] * 2
+
+
+@NEEDS_PRECISIONS
+@pytest.mark.parametrize("before", ["highest", "medium"])
+def test_precision_is_as_before_when_an_epoch_fails(before, monkeypatch):
+    monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", True)
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyboardInterrupt), product_precision(LearnConfig(), 0, is_cuda=False):
+            raise KeyboardInterrupt
+        assert torch.get_float32_matmul_precision() == before  # raises where old and new ways to set it are mixed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_older_pytorch_trains_in_full_precision(monkeypatch):
+    monkeypatch.setattr(optimisation, "_CPU_PRODUCTS", None)
+    with product_precision(LearnConfig(reduced_precision=1), 0, is_cuda=False):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.skipif(not optimisation.MULTIPLIES_BFLOAT16, reason="this processor has no instructions for bfloat16")
+def test_rounded_products_are_near_but_not_equal():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, 64, 64, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    with product_precision(LearnConfig(reduced_precision=1), 0, is_cuda=False):
+        rounded = left @ right
+
+    error = (rounded - exact).std() / exact.std()
+    assert 1e-4 < error < 1e-2
+    torch.testing.assert_close((left @ right).double(), exact, rtol=1e-4, atol=1e-4)
+
 
 # --- Learning rate ---
 

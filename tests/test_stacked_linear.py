@@ -135,4 +135,4 @@ def test_the_maker_of_the_processor():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
 
-    assert dynamics_model._is_amd() == (makers == {"AuthenticAMD"})
+    assert dynamics_model.processor_says("AMD") == (makers == {"AuthenticAMD"})
