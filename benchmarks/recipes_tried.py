@@ -1,13 +1,12 @@
-"""What other settings than ours give: validation error of one member at equal epochs, what lost included.
+"""What other settings than ours give: validation errors at equal epochs, what lost included.
 
     python -m benchmarks.recipes_tried
-    python -m benchmarks.recipes_tried --kind dnn --variants ours relu
+    python -m benchmarks.recipes_tried --groups hopper_dnn --variants ours relu
     python -m benchmarks.recipes_tried --quick
 
-Each variant is ``configs/hopper_dnn.yaml`` or ``configs/hopper_pnn.yaml`` with a quarter of its epochs and one thing
-changed, trained on the hopper data of ``time_to_quality.py`` with the same trajectories held out. Deterministic ones
-have a peak rate of 0.008, which so short a training wants. One seed: differences of a few per cent say nothing.
-Finished variants are skipped.
+Each variant is a file of ``configs/`` with one thing changed, trained on the data of ``time_to_quality.py`` with the
+same trajectories held out: one member and a quarter of the epochs, or the whole training where the question is how it
+ends. One seed: differences of a few per cent say nothing. Finished variants are skipped.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from tqdm import tqdm
 
 import member_threads
 from benchmarks import harness
-from benchmarks.time_to_quality import DATA, Run
+from benchmarks.time_to_quality import DATA, Run, mean
 from config import load_config
-from dataset import load_dataset
+from dataset import Dataset, load_dataset
 from learn_model import score_members, train_ensemble
 from tracking import NullTracker
 
@@ -74,37 +73,97 @@ def average_weights(optimizer: Optimizer, steps: int) -> None:
     optimizer.register_step_post_hook(after_step)
 
 
-BASE = {"dnn": ("fit_lr=8e-3",), "pnn": ()}  # before a variant's own settings
-VARIANTS = {
-    "dnn": {
-        "ours": Variant(),
-        "relu": Variant(("activation_fn=relu",)),
-        "published schedule: exponential from 5e-4": Variant(("scheduler=exponential", "fit_lr=5e-4")),
-        "cosine without warm-up": Variant(("scheduler=cosine",)),
-        "half the peak rate": Variant(("fit_lr=4e-3",)),
-        "peak rate of the whole training, 0.005": Variant(("fit_lr=5e-3",)),
-        "1.5 times the peak rate": Variant(("fit_lr=1.2e-2",)),
-        "batch 128": Variant(("batch_size=128",)),
-        "batch 512": Variant(("batch_size=512",)),
-        "batch 1024": Variant(("batch_size=1024",)),
-        "layer normalisation": Variant(("layer_norm=true",)),
-        "gradients clipped at 0.3": Variant(("grad_clip=0.3",)),
-        "weight decay 0.01": Variant(("weight_decay=0.01",)),
-        "4x200": Variant(("hidden_size=200,200,200,200",)),
-        "2x512": Variant(("hidden_size=512,512",)),
-        "initial weights times sqrt(3)": Variant(initial_scale=math.sqrt(3)),
-        "Adam's beta2 0.99": Variant(on_optimizer=set_beta2),
-        "averaged weights": Variant(on_optimizer=average_weights),
-    },
-    "pnn": {
-        "ours": Variant(),
-        "plain likelihood": Variant(("beta_nll=0", "beta_nll_decay=0")),
-        "beta-NLL 0.5 to the end": Variant(("beta_nll=0.5", "beta_nll_decay=0")),
-        "beta-NLL 1 to the end": Variant(("beta_nll=1", "beta_nll_decay=0")),
-        "beta-NLL falling by half of training": Variant(("beta_nll_decay=0.5",)),
-        "beta-NLL falling to the end": Variant(("beta_nll_decay=1",)),
-        "twice the peak rate": Variant(("fit_lr=8e-3",)),
-    },
+@dataclass(frozen=True)
+class Group:
+    """Variants that are compared with each other.
+
+    Attributes:
+        config: A file of ``configs/``.
+        share: Of its epochs.
+        variants: By name, ``ours`` among them.
+        base: Settings of all variants, before their own.
+        members: Trained for each variant; their mean is shown.
+    """
+
+    config: str
+    share: float
+    variants: dict[str, Variant]
+    base: tuple[str, ...] = ()
+    members: int = 1
+
+    @property
+    def environment(self) -> str:
+        """Key of ``time_to_quality.DATA``."""
+        return self.config.partition("_")[0]
+
+
+GROUPS = {
+    "hopper_dnn": Group(
+        "hopper_dnn",
+        0.25,
+        {
+            "ours": Variant(),
+            "relu": Variant(("activation_fn=relu",)),
+            "published schedule: exponential from 5e-4": Variant(("scheduler=exponential", "fit_lr=5e-4")),
+            "cosine without warm-up": Variant(("scheduler=cosine",)),
+            "half the peak rate": Variant(("fit_lr=4e-3",)),
+            "peak rate of the whole training, 0.005": Variant(("fit_lr=5e-3",)),
+            "1.5 times the peak rate": Variant(("fit_lr=1.2e-2",)),
+            "batch 128": Variant(("batch_size=128",)),
+            "batch 512": Variant(("batch_size=512",)),
+            "batch 1024": Variant(("batch_size=1024",)),
+            "layer normalisation": Variant(("layer_norm=true",)),
+            "gradients clipped at 0.3": Variant(("grad_clip=0.3",)),
+            "weight decay 0.01": Variant(("weight_decay=0.01",)),
+            "4x200": Variant(("hidden_size=200,200,200,200",)),
+            "2x512": Variant(("hidden_size=512,512",)),
+            "initial weights times sqrt(3)": Variant(initial_scale=math.sqrt(3)),
+            "Adam's beta2 0.99": Variant(on_optimizer=set_beta2),
+            "averaged weights": Variant(on_optimizer=average_weights),
+        },
+        base=("reduced_precision=0", "fit_lr=8e-3"),  # so short a training wants a higher rate
+    ),
+    "hopper_pnn": Group(
+        "hopper_pnn",
+        0.25,
+        {
+            "ours": Variant(),
+            "plain likelihood": Variant(("beta_nll=0", "beta_nll_decay=0")),
+            "beta-NLL 0.5 to the end": Variant(("beta_nll=0.5", "beta_nll_decay=0")),
+            "beta-NLL 1 to the end": Variant(("beta_nll=1", "beta_nll_decay=0")),
+            "beta-NLL falling by half of training": Variant(("beta_nll_decay=0.5",)),
+            "beta-NLL falling to the end": Variant(("beta_nll_decay=1",)),
+            "twice the peak rate": Variant(("fit_lr=8e-3",)),
+        },
+        base=("reduced_precision=0",),
+    ),
+    "hopper_pnn, precision of products": Group(
+        "hopper_pnn",
+        1.0,
+        {
+            "ours": Variant(),
+            "full precision": Variant(("reduced_precision=0",)),
+            "rounded to the end": Variant(("reduced_precision=1",)),
+        },
+        members=3,
+    ),
+    "halfcheetah_pnn, whole training": Group(
+        "halfcheetah_pnn",
+        1.0,
+        {
+            "ours": Variant(),
+            "twice the epochs": Variant(("fit_epochs=80",)),
+            "twice the epochs, a quarter of the peak rate": Variant(("fit_epochs=80", "fit_lr=1e-3")),
+            "a quarter of the peak rate": Variant(("fit_lr=1e-3",)),
+            "4x512": Variant(("hidden_size=512,512,512,512",)),
+            "4x512, a quarter of the peak rate": Variant(("hidden_size=512,512,512,512", "fit_lr=1e-3")),
+            "weight decay 0.1": Variant(("weight_decay=0.1",)),
+            "batch 128": Variant(("batch_size=128",)),
+            "beta-NLL falling by half of training": Variant(("beta_nll_decay=0.5",)),
+            "beta-NLL falling to the end": Variant(("beta_nll_decay=1",)),
+            "relu": Variant(("activation_fn=relu",)),
+        },
+    ),
 }
 
 
@@ -114,17 +173,22 @@ def main(argv: list[str] | None = None) -> None:
     study = harness.open_study("recipes_tried", args.quick, is_timed=False)
     if not args.tables:
         torch.set_num_threads(args.threads)
-        wanted = [(kind, name) for kind in args.kind for name in VARIANTS[kind] if name in args.variants]
-        dataset = load_dataset("hopper-random-demo" if args.quick else args.data, quiet=True)
-        for kind, name in tqdm(wanted, unit="variant"):
-            key = {"kind": kind, "variant": name, "data": dataset.sha256[:12]}
+        wanted = [(title, name) for title in args.groups for name in GROUPS[title].variants if name in args.variants]
+        paths = DATA | {"hopper": args.data}
+        datasets: dict[str, Dataset] = {}
+        for title, name in tqdm(wanted, unit="variant"):
+            group, variant = GROUPS[title], GROUPS[title].variants[name]
+            path = "hopper-random-demo" if args.quick else paths[group.environment]
+            dataset = datasets[path] = datasets.get(path) or load_dataset(path, quiet=True)
+            key = {"group": title, "variant": name, "data": dataset.sha256[:12]}
             if study.finished(**key).empty:
-                params = (*BASE[kind], *VARIANTS[kind][name].params)
-                config = load_config(harness.ROOT / "configs" / f"hopper_{kind}.yaml", params)
-                config = dataclasses.replace(config, ensemble_size=1, fit_epochs=config.fit_epochs // 4)
+                params = (*group.base, *variant.params)
+                config = load_config(harness.ROOT / "configs" / f"{group.config}.yaml", params)
+                epochs = int(config.fit_epochs * group.share)
+                config = dataclasses.replace(config, ensemble_size=group.members, fit_epochs=epochs)
                 if args.quick:
                     config = dataclasses.replace(config, fit_epochs=2, hidden_size=(16,), batch_size=512)
-                study.append([key | train(Run(name, config, dataset), VARIANTS[kind][name])])
+                study.append([key | train(Run(name, config, dataset), variant)])
     rows = study.shown()
     study.save_figure(figure(rows))
     study.write_table(table(rows))
@@ -133,8 +197,10 @@ def main(argv: list[str] | None = None) -> None:
 def parse_arguments(argv: list[str] | None) -> Any:
     """Reads the command line."""
     parser = harness.command_line(__doc__)
-    names = list(dict.fromkeys(name for variants in VARIANTS.values() for name in variants))
-    parser.add_argument("--kind", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="kinds of ensemble (all)")
+    names = list(dict.fromkeys(name for group in GROUPS.values() for name in group.variants))
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help="which of them (all)"
+    )
     parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME", help="which (all)")
     parser.add_argument("--data", default=DATA["hopper"], help=f"the hopper data ({DATA['hopper']})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (PyTorch's own choice)")
@@ -142,7 +208,7 @@ def parse_arguments(argv: list[str] | None) -> Any:
 
 
 def train(run: Run, variant: Variant) -> dict[str, float | int]:
-    """Trains one member and scores the weights of its lowest validation error."""
+    """Trains members and scores the weights of their lowest validation errors: means over members."""
     ensemble, rows, holdout = run.rows
     with torch.no_grad():
         for weight in list(ensemble.network.dynamics.weights)[:-1]:
@@ -150,8 +216,11 @@ def train(run: Run, variant: Variant) -> dict[str, float | int]:
     steps = run.config.fit_epochs * math.ceil(len(rows.inputs) / run.config.batch_size)
     with changed_optimizer(variant, steps):
         train_ensemble(ensemble, run.config, rows, holdout, NullTracker())
-    (score,) = score_members(ensemble, rows, holdout)
-    return {"epochs": run.config.fit_epochs, "val_mse": score["val_mse"], "nll": score["nll"]}
+    scores = score_members(ensemble, rows, holdout)
+    means = {
+        name: mean([score[name] for score in scores]) for name in ("val_mse", "nll") if scores[0][name] is not None
+    }
+    return {"epochs": run.config.fit_epochs, "members": len(scores)} | means
 
 
 @contextmanager
@@ -175,32 +244,35 @@ def changed_optimizer(variant: Variant, steps: int) -> Iterator[None]:
 def table(rows: pd.DataFrame) -> str:
     """Returns a line per variant, the best first, and how its error compares with ours."""
     parts = [
-        "One member, one seed, a quarter of the epochs of `configs/hopper_*.yaml`, one thing changed; `ours` of "
+        "One seed, one thing changed; where epochs are a quarter of the configuration's, products do not round, and "
         "`hopper_dnn` has a peak rate of 0.008, which so short a training wants."
     ]
-    for kind, of_kind in rows.groupby("kind", sort=False):
-        own = of_kind.loc[of_kind["variant"] == "ours", "val_mse"]
+    for title, of_group in rows.groupby("group", sort=False):
+        own = of_group.loc[of_group["variant"] == "ours", "val_mse"]
         lines = []
-        for _, row in of_kind.sort_values("val_mse").iterrows():
+        for _, row in of_group.sort_values("val_mse").iterrows():
             ratio = f"{row['val_mse'] / own.iloc[0]:.2f}" if len(own) else "-"
             nll = "-" if math.isnan(row["nll"]) else f"{row['nll']:.2f}"
-            lines.append([row["variant"], str(row["epochs"]), f"{row['val_mse']:.5f}", ratio, nll])
-        header = [f"hopper_{kind}", "epochs", "validation MSE", "x of ours", "NLL"]
+            sizes = [str(row["epochs"]), str(row["members"])]
+            lines.append([row["variant"], *sizes, f"{row['val_mse']:.5f}", ratio, nll])
+        header = [title, "epochs", "members", "validation MSE", "x of ours", "NLL"]
         parts.append(harness.markdown(header, lines))
     return "\n\n".join(parts)
 
 
 def figure(rows: pd.DataFrame) -> Any:
-    """Draws validation errors, a panel per kind, a bar per variant."""
-    kinds = list(rows.groupby("kind", sort=False))
-    drawn = harness.new_figure(columns=2 * len(kinds), lines=1 + rows.groupby("kind").size().max() // 10)
-    for axes, (kind, of_kind) in zip(drawn.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        of_kind = of_kind.sort_values("val_mse", ascending=False)
-        colours = ["tab:blue" if name == "ours" else "tab:grey" for name in of_kind["variant"]]
-        axes.hlines(range(len(of_kind)), of_kind["val_mse"].min(), of_kind["val_mse"], color="lightgrey")
-        axes.scatter(of_kind["val_mse"], range(len(of_kind)), color=colours, zorder=2)
-        axes.set_yticks(range(len(of_kind)), of_kind["variant"])
-        axes.set(title=f"hopper_{kind}", xlabel="validation MSE", xscale="log")
+    """Draws validation errors, a panel per group, a point per variant."""
+    groups = list(rows.groupby("group", sort=False))
+    sizes = [len(of_group) for _, of_group in groups]
+    drawn = harness.new_figure(columns=2, lines=1 + sum(sizes) // 10)
+    panels = drawn.subplots(len(groups), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, (title, of_group) in zip(panels, groups, strict=True):
+        of_group = of_group.sort_values("val_mse", ascending=False)
+        colours = ["tab:blue" if name == "ours" else "tab:grey" for name in of_group["variant"]]
+        axes.hlines(range(len(of_group)), of_group["val_mse"].min(), of_group["val_mse"], color="lightgrey")
+        axes.scatter(of_group["val_mse"], range(len(of_group)), color=colours, zorder=2)
+        axes.set_yticks(range(len(of_group)), of_group["variant"])
+        axes.set(title=title, xlabel="validation MSE", xscale="log")
         axes.grid(alpha=0.3, axis="x", which="both")
     return drawn
 
