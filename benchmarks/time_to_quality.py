@@ -6,13 +6,13 @@
     python -m benchmarks.time_to_quality --times
     python -m benchmarks.time_to_quality --quick
 
-Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once; ``short`` is the same with three
-quarters of the epochs. A published recipe (a file of ``configs/published/``) is trained by the plain loop
-(``plain_loop.py``), of which one member stands for seven: that would take a day. The same whole trajectories are held
-out from all. What an epoch gives and what it takes are measured apart: errors in trainings that may stop, go on from
-their last epoch when the command is given again, and share the machine with others; times on a machine that does
-nothing else, of both recipes in turn, all seven members of both, as parts of an epoch (``--times``). Epochs of ours
-whose products round their operands (``reduced_precision``) take less time than others, which are timed as ``full``.
+Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once. A published recipe (a file of
+``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which one member stands for seven: that
+would take a day. The same whole trajectories are held out from all. What an epoch gives and what it takes are measured
+apart: errors in trainings that may stop, go on from their last epoch when the command is given again, and share the
+machine with others; times on a machine that does nothing else, of both recipes in turn, all seven members of both, as
+parts of an epoch (``--times``). Epochs of ours whose products round their operands (``reduced_precision``) take less
+time than others, which are timed as ``full``.
 
 The hopper data, 200,000 transitions, are made by
 
@@ -47,7 +47,7 @@ from optimisation import MULTIPLIES_BFLOAT16, draw_order, learning_rate
 from tracking import NullTracker
 from utils import atomic_write
 
-SOURCES = {"ours": "configs", "short": "configs", "published": "configs/published"}
+SOURCES = {"ours": "configs", "published": "configs/published"}
 NAMES = [f"{environment}_{kind}" for environment in ("hopper", "halfcheetah") for kind in ("dnn", "pnn")]
 RECIPES = [f"{source}/{name}" for source in SOURCES for name in NAMES]
 DATA = {"hopper": "logs/hopper-200k.hdf5", "halfcheetah": "halfcheetah-medium-demo"}
@@ -66,7 +66,7 @@ class Run:
     """One training.
 
     Attributes:
-        recipe: ``ours/NAME``, ``short/NAME`` or ``published/NAME``.
+        recipe: ``ours/NAME`` or ``published/NAME``.
         config: What its file says, with seed and number of members; one member stands for seven published ones.
         dataset: Where rows come from.
     """
@@ -167,8 +167,6 @@ def planned_runs(args: argparse.Namespace) -> list[Run]:
     for recipe in args.recipes:
         source, name = recipe.split("/")
         config = load_config(harness.ROOT / SOURCES[source] / f"{name}.yaml")
-        if source == "short":
-            config = dataclasses.replace(config, fit_epochs=config.fit_epochs * 3 // 4)
         path = data[name.split("_")[0]]
         seeds = args.published_seeds if source == "published" else args.seeds
         if args.quick:
@@ -408,10 +406,8 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
     ]
     for name in rows["name"].unique():
         of_name = rows[rows["name"] == name]
-        ours, short, published = (of_name[of_name["recipe"] == f"{source}/{name}"] for source in SOURCES)
-        text.append(
-            f"**{name}**\n\n{recipe_table(published, {'ours': ours, 'ours, three quarters of the epochs': short})}"
-        )
+        ours, published = (of_name[of_name["recipe"] == f"{source}/{name}"] for source in SOURCES)
+        text.append(f"**{name}**\n\n{recipe_table(published, ours)}")
     text.append(f"**Seconds an epoch of 7 members takes: median and range**\n\n{times_table(timed)}")
     return "\n\n".join(text)
 
@@ -425,26 +421,24 @@ def times_table(timed: pd.DataFrame) -> str:
     return harness.markdown(["", "recipe", "seconds", "of the published one"], lines)
 
 
-def recipe_table(published: pd.DataFrame, variants: dict[str, pd.DataFrame]) -> str:
+def recipe_table(published: pd.DataFrame, ours: pd.DataFrame) -> str:
     """Returns the lines of one environment and kind."""
-    header = ["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"]
-    lines, targets = [], []
+    lines = []
     if not published.empty:
         end = published.iloc[-1]
         state = "" if end["is_last"] else " so far"
         kept = published.loc[published["val_mse"].idxmin()]
         best = [f"{kept['val_mse']:.5f}", number(kept["nll"], ".3f")]
         lines.append([f"published{state}, best", *effort(end), *best])
-    for variant, ours in variants.items():
-        for seed, run in ours.groupby("seed"):
-            end = run.iloc[-1]
-            error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001
-            state = "" if end["is_last"] else " so far"
-            lines.append([f"{variant}, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
-        if not (published.empty or finished(ours).empty):
-            targets += [[variant, *line] for line in target_lines(published, finished(ours))]
-    table = harness.markdown(header, lines)
-    return table + "\n\n" + harness.markdown(["", "target", "minutes", "x"], targets) if targets else table
+    for seed, run in ours.groupby("seed"):
+        end = run.iloc[-1]
+        error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001
+        state = "" if end["is_last"] else " so far"
+        lines.append([f"ours, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
+    table = harness.markdown(["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"], lines)
+    if published.empty or finished(ours).empty:
+        return table
+    return table + "\n\n" + harness.markdown(["target", "minutes", "x"], target_lines(published, finished(ours)))
 
 
 def finished(rows: pd.DataFrame) -> pd.DataFrame:
@@ -494,7 +488,7 @@ def figure(rows: pd.DataFrame) -> Any:
     drawn = harness.new_figure(columns=len(names), lines=2)
     panels = drawn.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
-        for source, color in (("published", "tab:orange"), ("ours", "tab:blue"), ("short", "tab:cyan")):
+        for source, color in (("published", "tab:orange"), ("ours", "tab:blue")):
             for seed, run in rows[rows["recipe"] == f"{source}/{name}"].groupby("seed"):
                 for axes, against in zip(panels[:, column], (run["seconds"] / 60, run["tflop"]), strict=True):
                     axes.plot(against, run["kept_mse"], color=color, label=f"{source}, seed {seed}")
