@@ -630,11 +630,15 @@ def summarise(scores: list[dict[str, float | None]], elites: list[int]) -> dict[
 
 def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, device: str, run: RunFolder) -> str:
     """Returns what is about to happen, in two lines."""
+    from optimisation import reduced_epochs
+
+    rounded = reduced_epochs(config, device.startswith("cuda"))
+    precision = f" (products rounded in {rounded} of {config.fit_epochs} epochs)" if rounded else ""
     kind = "probabilistic" if config.probabilistic else "deterministic"
     widths = "x".join(map(str, config.hidden_size))
     return (
         f"{dataset.name}: {rows} training rows of {len(split.train)} trajectories, {len(split.holdout)} held out\n"
-        f"{config.ensemble_size} {kind} members, layers {widths}, on {device}; run {run.name}"
+        f"{config.ensemble_size} {kind} members, layers {widths}, on {device}{precision}; run {run.name}"
     )
 
 

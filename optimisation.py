@@ -62,9 +62,15 @@ def _half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def reduced_epochs(config: LearnConfig, is_cuda: bool) -> int:
+    """Returns for how many epochs, from the first, matrix products round their operands on this machine."""
+    can_round = hasattr(torch.backends.cuda.matmul, "fp32_precision") if is_cuda else MULTIPLIES_BFLOAT16
+    return round(config.reduced_precision * config.fit_epochs) if can_round else 0
+
+
 @contextlib.contextmanager
 def product_precision(config: LearnConfig, epoch: int, is_cuda: bool) -> Iterator[None]:
-    """Lets matrix products of an epoch round their operands, where config.reduced_precision says so.
+    """Lets matrix products of an epoch round their operands, where ``config.reduced_precision`` says so.
 
     Sums, weights, moments and everything but products stay in float32. The rounding is noise of some 0.2 % of a
     product, which hides behind that of minibatches until training is about to end; what is nearly certain is learned
@@ -79,9 +85,8 @@ def product_precision(config: LearnConfig, epoch: int, is_cuda: bool) -> Iterato
     if not hasattr(backend, "fp32_precision"):  # before PyTorch 2.9
         yield
         return
-    is_reduced = epoch < config.reduced_precision * config.fit_epochs and (is_cuda or MULTIPLIES_BFLOAT16)
     before = backend.fp32_precision
-    backend.fp32_precision = rounded if is_reduced else "ieee"
+    backend.fp32_precision = rounded if epoch < reduced_epochs(config, is_cuda) else "ieee"
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ from dataset import Dataset, gather_transitions, load_dataset, split_trajectorie
 from dynamics_model import DynamicsEnsemble, NormalisedRows
 from errors import exit_on_input_error
 from learn_model import build_ensemble, train_ensemble
-from optimisation import MULTIPLIES_BFLOAT16, draw_order, learning_rate
+from optimisation import draw_order, learning_rate, reduced_epochs
 from tracking import NullTracker
 from utils import atomic_write
 
@@ -96,8 +96,7 @@ class Run:
 
     def is_reduced(self, epoch: int) -> bool:
         """Whether the products of an epoch, counted from 1, rounded their operands."""
-        config = self.config
-        return MULTIPLIES_BFLOAT16 and not self.is_published and epoch <= config.reduced_precision * config.fit_epochs
+        return not self.is_published and epoch <= reduced_epochs(self.config, is_cuda=False)
 
     @property
     def epoch_flops(self) -> int:

@@ -12,8 +12,10 @@ import torch
 
 import dynamics_model
 import member_threads
+import optimisation
 from config import LearnConfig
 from dataset import Transitions
+from deterministic_model import DeterministicNetwork
 from dynamics_model import DynamicsEnsemble
 from learn_model import build_ensemble, train_ensemble
 from member_threads import MemberThreads
@@ -255,3 +257,28 @@ def test_small_networks_go_through_each_call_together():
     with MemberThreads(network, CONFIG) as threads:
         assert [group.members for group in threads.groups] == [slice(0, 5)]
     assert member_threads_alive() == []
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this PyTorch rounds no products on CPUs")
+@pytest.mark.usefixtures("several_groups")
+def test_steps_round_as_the_epoch_says_in_every_thread_and_scores_never(monkeypatch):
+    monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", True)
+    seen: dict[str, list[str]] = {"losses": [], "score": []}
+
+    def watch(name: str) -> None:
+        original = getattr(DeterministicNetwork, name)
+
+        def watched(*arguments: Any) -> Any:
+            seen[name].append(torch.backends.mkldnn.matmul.fp32_precision)
+            return original(*arguments)
+
+        monkeypatch.setattr(DeterministicNetwork, name, watched)
+
+    watch("losses")
+    watch("score")
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    trained(dataclasses.replace(CONFIG, fit_epochs=3, reduced_precision=0.67), threads=2)
+
+    steps = len(seen["losses"]) // 3
+    assert seen["losses"] == ["bf16"] * 2 * steps + ["ieee"] * steps
+    assert set(seen["score"]) == {before}

@@ -18,6 +18,7 @@ from optimisation import (
     draw_order,
     learning_rate,
     product_precision,
+    reduced_epochs,
 )
 from probabilistic_model import ProbabilisticModel
 
@@ -38,12 +39,13 @@ def precisions(config: LearnConfig, is_cuda: bool = False) -> list[str]:
 
 
 @NEEDS_PRECISIONS
-@pytest.mark.parametrize(("share", "epochs"), [(0, 0), (0.5, 2), (0.8, 4), (1, 5)])
+@pytest.mark.parametrize(("share", "epochs"), [(0, 0), (0.4, 2), (0.8, 4), (1, 5)])
 def test_products_round_in_the_first_share_of_the_epochs(share, epochs, monkeypatch):
     monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", True)
-    config = LearnConfig(fit_epochs=4 if share == 0.5 else 5, reduced_precision=share)
+    config = LearnConfig(fit_epochs=5, reduced_precision=share)
 
-    assert precisions(config) == ["bf16"] * epochs + ["ieee"] * (config.fit_epochs - epochs)
+    assert precisions(config) == ["bf16"] * epochs + ["ieee"] * (5 - epochs)
+    assert reduced_epochs(config, is_cuda=False) == epochs
 
 
 @NEEDS_PRECISIONS
