@@ -12,8 +12,8 @@ arms with the same seed have the same initial weights, bootstrap draws and minib
 agree. Each arm's learning rate is chosen beforehand among the same candidates, by validation error, with a seed outside
 the study.
 
-On a Ray cluster (``pip install -r requirements-ray.txt``) cells run side by side, with the same results. In a SLURM
-allocation, whose nodes share nothing but this script::
+On a Ray cluster (``pip install -r requirements-ray.txt``) cells run side by side, with the same results
+if processors are of one kind. In a SLURM allocation, whose nodes share nothing but this script::
 
     #!/bin/bash
     #SBATCH --nodes=4 --ntasks-per-node=1 --cpus-per-task=16 --time=04:00:00

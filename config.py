@@ -68,8 +68,8 @@ class LearnConfig:
     beta_nll_decay: float = 0.0
     # Largest norm of a member's gradient per step; null leaves gradients as they are.
     grad_clip: float | None = None
-    # Share of training, from its start, whose matrix products may round what they multiply where that is faster: to
-    # bfloat16 on processors with AMX, to TF32 on GPUs; 0 never rounds. Errors are always measured in full precision.
+    # Share of fit_epochs, from the first, whose steps round what they multiply where that is faster (PyTorch 2.9 and
+    # newer): to bfloat16 on processors with AMX, to TF32 on GPUs that have it; 0 never rounds. Scores do not round.
     reduced_precision: float = 0.8
 
     # --- Data ---

@@ -1,4 +1,4 @@
-"""What the training loop steps with: optimiser, learning-rate schedules, minibatch order, clipping, best weights.
+"""What the training loop steps with: optimiser, schedules, precision, minibatch order, clipping, best weights.
 
 Everything here treats members apart: parameters carry a leading ensemble axis, and no member's step depends on another.
 """
@@ -64,7 +64,10 @@ def _half_cosine(progress: float) -> float:
 
 def reduced_epochs(config: LearnConfig, is_cuda: bool) -> int:
     """Returns for how many epochs, from the first, matrix products round their operands on this machine."""
-    can_round = hasattr(torch.backends.cuda.matmul, "fp32_precision") if is_cuda else MULTIPLIES_BFLOAT16
+    can_round = MULTIPLIES_BFLOAT16
+    if is_cuda:  # TF32 came with Ampere, and the setting with PyTorch 2.9
+        has_setting = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+        can_round = has_setting and torch.cuda.get_device_capability() >= (8, 0)
     return round(config.reduced_precision * config.fit_epochs) if can_round else 0
 
 
@@ -72,14 +75,14 @@ def reduced_epochs(config: LearnConfig, is_cuda: bool) -> int:
 def product_precision(config: LearnConfig, epoch: int, is_cuda: bool) -> Iterator[None]:
     """Lets matrix products of an epoch round their operands, where ``config.reduced_precision`` says so.
 
-    Sums, weights, moments and everything but products stay in float32. The rounding is noise of some 0.2 % of a
-    product, which hides behind that of minibatches until training is about to end; what is nearly certain is learned
-    in full precision then.
+    Sums, weights, moments and everything but products stay in float32. Rounding adds noise (bfloat16: some 0.2 % of a
+    product), which hides behind that of minibatches until training is about to end: the smallest errors, on which the
+    likelihood of confident predictions depends, are learned in full precision.
 
     Args:
         config: Settings.
         epoch: Which one, from 0.
-        is_cuda: Whether training is on a GPU; PyTorch knows which of them have TF32.
+        is_cuda: Whether training is on a GPU.
     """
     backend, rounded = (torch.backends.cuda.matmul, "tf32") if is_cuda else (_CPU_PRODUCTS, "bf16")
     if not hasattr(backend, "fp32_precision"):  # before PyTorch 2.9

@@ -4,8 +4,8 @@ cell.json      what was asked for (``request``), how it ended (``outcome``), whe
 training.csv   one row per epoch and member, as ``learn_model.py`` writes them
 *.csv          tables of ``evaluation.evaluate``, of which those rows are kept that studies use
 
-``run_cell`` is a function of its arguments alone, so that a cell gives the same numbers in whichever process it runs;
-``Cell.write`` makes its folder appear whole, however the process ends.
+``run_cell`` is a function of its arguments alone, so that a cell gives the same numbers in whichever process it runs,
+if processors are of one kind; ``Cell.write`` makes its folder appear whole, however the process ends.
 """
 
 from __future__ import annotations

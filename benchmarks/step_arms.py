@@ -266,7 +266,7 @@ def jax(case: Case, pace: Pace) -> None:
 
 
 def products(case: Case, pace: Pace) -> None:
-    """The step's matrix products alone, as ours takes them but for one thing: those of oneDNN always share members."""
+    """The step's matrix products alone, rounded as ours are: batched, or oneDNN's by threads, member after member."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -308,9 +308,9 @@ def floor(case: Case, pace: Pace, reduced_precision: float = 0.0) -> None:
     """What no step can beat: its FLOPs at the speed of a large product, and Adam's traffic at the speed of a copy.
 
     The product is that of the faster of PyTorch's two libraries, MKL and oneDNN, which may differ twofold; it rounds
-    its operands where a training with this ``reduced_precision`` begins so. Adam has to read parameters, gradients and
-    two moments and to write all but the gradients. The copy is of as much memory as these take, so that it profits from
-    caches as the optimiser may.
+    its operands as the first epoch of a training with this ``reduced_precision`` does. Adam has to read parameters,
+    gradients and two moments and to write all but the gradients. The copy is of as much memory as these take, so that
+    it profits from caches as the optimiser may.
     """
     import torch
 

@@ -10,7 +10,7 @@ Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once. A
 ``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which one member stands for seven: that
 would take a day. The same whole trajectories are held out from all. What an epoch gives and what it takes are measured
 apart: errors in trainings that may stop, go on from their last epoch when the command is given again, and share the
-machine with others; times on a machine that does nothing else, of both recipes in turn, all seven members of both, as
+machine with others; times on a machine that does nothing else, of all recipes in turn, with all seven members, as
 parts of an epoch (``--times``). Epochs of ours whose products round their operands (``reduced_precision``) take less
 time than others, which are timed as ``full``.
 
@@ -333,7 +333,7 @@ def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: flo
         of_name = {run.recipe: run for run in runs if run.recipe in (f"ours/{name}", f"published/{name}")}
         if (ours := of_name.get(f"ours/{name}")) is not None:
             in_full = dataclasses.replace(ours.config, reduced_precision=0.0)
-            of_name[f"full/{name}"] = dataclasses.replace(ours, config=in_full)
+            of_name[f"full/{name}"] = dataclasses.replace(ours, recipe=f"full/{name}", config=in_full)
         if not of_name or all(len(times.finished(recipe=run.recipe, data=run.key["data"])) for run in of_name.values()):
             continue
         print(f"{name}: timing {', '.join(of_name)}")
@@ -388,7 +388,7 @@ def with_seconds(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
     kind_of_epoch = rows["is_reduced"].map({True: "ours/", False: "full/"}) + rows["name"]
     rows = rows.assign(timed=rows["recipe"].where(rows["recipe"].str.startswith("published/"), kind_of_epoch))
     rows = rows.join(per_epoch.rename("epoch_seconds"), on=["timed", "data"])
-    return rows.assign(seconds=rows.groupby(["recipe", "seed"])["epoch_seconds"].cumsum())
+    return rows.assign(seconds=rows.groupby(["recipe", "seed"])["epoch_seconds"].cumsum(skipna=False))
 
 
 def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
@@ -396,12 +396,13 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
     threads = harness.count(int(timed["threads"].iloc[-1]), "thread")
     text = [
         "Validation MSE in normalised units and NLL in nats, on whole trajectories that are held out; ours: means over "
-        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: epochs "
-        "times the wall time of an epoch of 7 members, scoring of the holdout included, which was measured in turn "
+        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: the "
+        "wall time of so many epochs of 7 members, scoring of the holdout included, which was measured in turn "
         f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member, "
         "and the likelihood of the same weights (its lowest one is that of other weights, with a worse error); "
         "ours: median over seeds, and range. x: wall time of that whole schedule divided by ours up to the target; in "
-        "brackets, of the schedule up to its best epoch."
+        "brackets, of the schedule up to its best epoch. Of ours, the first 80 % of the epochs round products where "
+        "the processor has AMX; `full`, in the last table, are epochs that do not."
     ]
     for name in rows["name"].unique():
         of_name = rows[rows["name"] == name]

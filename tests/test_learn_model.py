@@ -349,8 +349,9 @@ def test_a_loop_resumed_from_any_checkpoint_ends_in_the_same_bits(linear_dataset
 
 @KINDS
 def test_a_member_learns_the_same_alone_and_among_others(linear_dataset, probabilistic):
-    together = prepare(linear_dataset, probabilistic=probabilistic, ensemble_size=3)
-    alone = prepare(linear_dataset, probabilistic=probabilistic, ensemble_size=1)
+    settings = {"probabilistic": probabilistic, "reduced_precision": 0}
+    together = prepare(linear_dataset, **settings, ensemble_size=3)
+    alone = prepare(linear_dataset, **settings, ensemble_size=1)
     for config, ensemble, train, holdout in (together, alone):
         train_ensemble(ensemble, config, train, holdout, NullTracker())
     for stacked, single in zip(weights(together[1]), weights(alone[1]), strict=True):

@@ -54,26 +54,25 @@ def test_products_round_only_where_the_processor_has_instructions_for_it(monkeyp
     config = LearnConfig(fit_epochs=2, reduced_precision=1)
 
     assert precisions(config) == ["ieee"] * 2
-    assert precisions(config, is_cuda=True) == ["tf32"] * 2
+    for capability, expected in (((7, 5), "ieee"), ((8, 0), "tf32"), ((12, 0), "tf32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert precisions(config, is_cuda=True) == [expected] * 2
 
 
 @NEEDS_PRECISIONS
-@pytest.mark.parametrize("before", ["highest", "medium"])
-def test_precision_is_as_before_when_an_epoch_fails(before, monkeypatch):
+@pytest.mark.parametrize(("before", "epoch"), [("highest", 0), ("medium", 39)])
+def test_precision_is_as_before_when_an_epoch_fails(before, epoch, monkeypatch):
     monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", True)
     torch.set_float32_matmul_precision(before)
+    outside = torch.backends.mkldnn.matmul.fp32_precision
     try:
-        with pytest.raises(KeyboardInterrupt), product_precision(LearnConfig(), 0, is_cuda=False):
+        with pytest.raises(KeyboardInterrupt), product_precision(LearnConfig(fit_epochs=40), epoch, is_cuda=False):
+            assert torch.backends.mkldnn.matmul.fp32_precision != outside
             raise KeyboardInterrupt
-        assert torch.get_float32_matmul_precision() == before  # raises where old and new ways to set it are mixed
+        assert torch.backends.mkldnn.matmul.fp32_precision == outside
+        assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_an_older_pytorch_trains_in_full_precision(monkeypatch):
-    monkeypatch.setattr(optimisation, "_CPU_PRODUCTS", None)
-    with product_precision(LearnConfig(reduced_precision=1), 0, is_cuda=False):
-        assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.skipif(not optimisation.MULTIPLIES_BFLOAT16, reason="this processor has no instructions for bfloat16")
