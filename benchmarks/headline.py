@@ -16,7 +16,9 @@ STEPS = (("probabilistic", "4x200"), ("deterministic", "4x256"))
 ARMS = {
     "full precision": "ours in full precision",
     "plain": "loop over members",
+    "plain, rounded": "loop, rounded",
     "mbrl": "mbrl-lib",
+    "mbrl, rounded": "mbrl-lib, rounded",
     "jax": "JAX, vmap and scan",
 }
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             "multiple of it; floor: what its float32 matrix products and the optimiser's memory traffic take at the "
             "machine's full speed. On processors with AMX products round their operands in the first 80 % of training "
             "(`reduced_precision`; 0 never rounds). Ours is such a step where there is a figure for full precision, "
-            "which the last 20 % have; the others compute in float32.",
+            "which the last 20 % have; the others compute in float32 unless PyTorch's own switch has them round, too.",
             *precision_sentence(harness.Study("recipes_tried", is_timed=False).shown()),
             step_table(harness.Study("step_throughput")),
         ]

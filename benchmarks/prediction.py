@@ -175,7 +175,8 @@ def table(summary: pd.DataFrame) -> str:
     return (
         "7 members, hopper sizes. Medians over rounds, with the smallest and the largest; rows/s: rows that pass "
         "through all 7 members in a second (for tsinf: through one of them), a step of a rollout counting as one pass; "
-        f"x: median over rounds of the other's time divided by ours.\n\n{harness.sections(titled)}"
+        "x: median over rounds of the other's time divided by ours; rounded: with "
+        f"`torch.set_float32_matmul_precision('medium')`, PyTorch's own switch.\n\n{harness.sections(titled)}"
     )
 
 

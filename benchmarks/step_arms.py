@@ -265,6 +265,14 @@ def jax(case: Case, pace: Pace) -> None:
         state = jax.block_until_ready(run(state, batches.swapaxes(0, 1)))
 
 
+def rounded(arm: Callable[[Case, Pace], None], case: Case, pace: Pace) -> None:
+    """Another way to take the step with PyTorch's own switch for products that round, which its users may find, too."""
+    import torch
+
+    torch.set_float32_matmul_precision("medium")
+    arm(case, pace)
+
+
 def products(case: Case, pace: Pace) -> None:
     """The step's matrix products alone, rounded as ours are: batched, or oneDNN's by threads, member after member."""
     from concurrent.futures import ThreadPoolExecutor
@@ -367,14 +375,17 @@ ARMS: dict[str, Callable[[Case, Pace], None]] = {
     "ours": ours,
     "full precision": partial(ours, reduced_precision=0.0),
     "plain": plain,
+    "plain, rounded": partial(rounded, plain),
     "mbrl": mbrl,
+    "mbrl, rounded": partial(rounded, mbrl),
     "jax": jax,
     "products": products,
     "floor": floor,
     "rounded floor": partial(floor, reduced_precision=1.0),
     **OWN,
 }
-NEEDS = {"mbrl": ("mbrl", "hydra", "omegaconf", "gymnasium"), "jax": ("jax", "flax", "optax")}  # packages
+MBRL = ("mbrl", "hydra", "omegaconf", "gymnasium")
+NEEDS = {"mbrl": MBRL, "mbrl, rounded": MBRL, "jax": ("jax", "flax", "optax")}  # packages
 
 
 def main(argv: list[str]) -> None:

@@ -35,11 +35,12 @@ CASE = ["kind", "hidden", "batch", "size", "threads"]
 INTRODUCTION = (
     "Medians over rounds, with the smallest and the largest; x: median over rounds of the other's time divided by ours "
     "in the same round. Ours: a step of the first 80 % of training, whose products round their operands to bfloat16 "
-    "where the processor has AMX (`reduced_precision`); `full precision`: a step of the rest. The loop, mbrl-lib "
-    "and JAX compute in float32. `products`: the matrix products of ours alone. Floor: FLOPs and optimiser traffic at "
-    "the speeds of a large float32 product and of copies, measured in the same rounds; rounded floor: the same with a "
-    "large product that rounds as ours do. `Ours, otherwise`: the product's own loop with each of PyTorch's two "
-    "libraries, when cores share every product and when they share members."
+    "where the processor has AMX (`reduced_precision`); `full precision`: a step of the rest. The loop, mbrl-lib and "
+    "JAX compute in float32, as they come; `rounded`: with PyTorch's own switch for products that round. `products`: "
+    "the matrix products of ours alone. Floor: FLOPs and optimiser traffic at the speeds of a large float32 product "
+    "and of copies, measured in the same rounds; rounded floor: the same with a large product that rounds as ours do. "
+    "`Ours, otherwise`: the product's own loop with each of PyTorch's two libraries, when cores share every product "
+    "and when they share members."
 )
 FLOORS = ("floor", "rounded floor")
 OTHERS = [arm for arm in ARMS if arm not in ("ours", *FLOORS, *OWN)]
