@@ -199,10 +199,11 @@ def figure(summary: pd.DataFrame) -> Any:
     summary = summary[summary["threads"] == summary["threads"].max()]
     tasks = list(summary["task"].unique())
     drawn = harness.new_figure(columns=len(tasks))
+    colours = {arm: f"C{index}" for index, arm in enumerate(["ours", *OTHERS])}
     for axes, task in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for arm, rows in summary[summary["task"] == task].groupby("arm", sort=False):
             rows = rows.sort_values("rows")
-            axes.plot(rows["rows"], rows["rate"], marker="o", label=OTHERS.get(arm, "ours, stacked"))
+            axes.plot(rows["rows"], rows["rate"], "o-", color=colours[arm], label=OTHERS.get(arm, "ours, stacked"))
         axes.set(title=task, xlabel="rows", ylabel="rows per second, all members", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
     drawn.axes[0].legend(fontsize="x-small")

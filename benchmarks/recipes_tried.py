@@ -277,7 +277,9 @@ def figure(rows: pd.DataFrame) -> Any:
         axes.hlines(range(len(of_group)), of_group["val_mse"].min(), of_group["val_mse"], color="lightgrey")
         axes.scatter(of_group["val_mse"], range(len(of_group)), color=colours, zorder=2)
         axes.set_yticks(range(len(of_group)), of_group["variant"])
-        axes.set(title=title, xlabel="validation MSE", xscale="log")
+        axes.set(title=title, xlabel="validation MSE", xscale="log", ylim=(-0.6, len(of_group) - 0.4))
+        lowest, highest = of_group["val_mse"].min(), of_group["val_mse"].max()
+        axes.set_xlim(0.97 * lowest, 1.03 * max(highest, 1.5 * lowest))  # small differences look small
         axes.grid(alpha=0.3, axis="x", which="both")
     return drawn
 
