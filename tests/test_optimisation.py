@@ -75,6 +75,14 @@ def test_precision_is_as_before_when_an_epoch_fails(before, epoch, monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_a_pytorch_without_the_setting_trains_in_its_own_precision(monkeypatch):
+    monkeypatch.setattr(optimisation, "_CPU_PRODUCTS", None)
+    monkeypatch.setattr(optimisation, "MULTIPLIES_BFLOAT16", False)
+    before = torch.get_float32_matmul_precision()
+    with product_precision(LearnConfig(reduced_precision=1), 0, is_cuda=False):
+        assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.skipif(not optimisation.MULTIPLIES_BFLOAT16, reason="this processor has no instructions for bfloat16")
 def test_rounded_products_are_near_but_not_equal():
     generator = torch.Generator().manual_seed(0)
