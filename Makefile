@@ -67,7 +67,7 @@ study: $(VENV)/.installed reports/hopper-medium-200k.hdf5
 		--datasets reports/hopper-medium-200k.hdf5 --learning_rates_of results/tier1)
 
 results: $(VENV)/.installed
-	$(BIN)/python publish_results.py $(patsubst %/paired.csv,%,$(wildcard $(TIERS:%=results/%/paired.csv)))
+	$(BIN)/python -m study.publish $(patsubst %/paired.csv,%,$(wildcard $(TIERS:%=results/%/paired.csv)))
 
 reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@

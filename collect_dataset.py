@@ -35,7 +35,6 @@ import math
 import platform
 import shlex
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +43,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from errors import CommandLine, InputError, did_you_mean, exit_on_input_error
-from utils import atomic_write
+from cli import CommandLine, check_output_file, exit_on_input_error
+from utils import InputError, atomic_write, did_you_mean
 
 if TYPE_CHECKING:
     import gymnasium
@@ -353,17 +352,11 @@ def describe(paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, flag: str, overwrite: bool) -> None:
     """Refuses a path that exists or cannot be written, before any work is done; leaves nothing behind."""
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; give the file to write")
+    check_output_file(path, flag)
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists already; give another path, or --overwrite to replace it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written ({error}); give a path in a folder of your own") from error
 
 
 def versions() -> dict[str, str]:
@@ -447,12 +440,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             args.save_policy = args.output.with_suffix(".npz")
         if args.save_policy == args.output:
             raise InputError(f"the dataset and the policy would both be {str(args.output)!r}; give two different files")
-        check_output(args.save_policy, args.overwrite)
+        check_output(args.save_policy, "--save_policy", args.overwrite)
     else:
         for flag in ("target_return", "max_train_steps", "save_policy"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} is for --policy sac, but --policy is {args.policy!r}; leave it out")
-    check_output(args.output, args.overwrite)
+    check_output(args.output, "--output", args.overwrite)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,7 +31,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -40,17 +39,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error
 from config import LearnConfig, load_config
-from errors import CommandLine, InputError, exit_on_input_error
-from learn_model import find_device
-from utils import atomic_write
+from utils import InputError, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     import pandas as pd
 
-    from dataset import Dataset
-    from study_cells import Cell, Result
-    from study_tracking import StudyTracker
+    from data.trajectories import Dataset
+    from study.cells import Cell, Result
+    from study.tracker import StudyTracker
 
 LEARNING_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)  # around the defaults of both kinds, 4e-3 and 5e-3
 TRIAL_SEED = 10_000  # of the choice of learning rates; seeds of a study are smaller
@@ -65,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     with exit_on_input_error():
         arms = load_arms(args)
-        check_output(args.output)
+        is_ours = (args.output / "study.json").exists()
+        check_output_folder(args.output, is_ours, expected="a study")
         rates = known_rates(args, arms)
-        device = args.device if args.engine == "ray" else find_device(args.device)
+        device = args.device if args.engine == "ray" else choose_device(args.device)
         datasets = load_datasets(args)
         trials = plan_trials(arms, args, device) if rates is None else []
         check_done(trials if rates is None else plan_cells(arms, rates, args, device), datasets, args.output)
@@ -208,31 +207,16 @@ def load_arms(args: argparse.Namespace) -> Arms:
     }
 
 
-def check_output(folder: Path) -> None:
-    """Checks that a study can be written to a folder: a new or empty one, or its own.
-
-    Raises:
-        InputError: If it cannot.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {str(folder)!r} is a file; give a folder")
-    others = [path for path in folder.glob("*") if path.name[0] != "."] if folder.exists() else []
-    if others and not (folder / "study.json").exists():
-        raise InputError(f"--output {str(folder)!r} holds other files than a study; give a new or empty folder")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
-
-
 def load_datasets(args: argparse.Namespace) -> Datasets:
     """Loads every dataset and checks that it can be split and learned.
 
     Raises:
         InputError: If one cannot be used.
     """
-    from dataset import gather_transitions, load_dataset, split_trajectories
-    from learn_model import build_ensemble
-    from study_cells import HOLDOUT_RATIO, TEST_RATIO
+    from data.sources import load_dataset
+    from data.trajectories import gather_transitions, split_trajectories
+    from study.cells import HOLDOUT_RATIO, TEST_RATIO
+    from training.build import build_ensemble
 
     datasets = {name: load_dataset(name, quiet=args.quiet) for name in args.datasets}
     for name, dataset in datasets.items():
@@ -251,7 +235,7 @@ def load_datasets(args: argparse.Namespace) -> Datasets:
 
 def plan_trials(arms: Arms, args: argparse.Namespace, device: str) -> list[Cell]:
     """Lists the trainings that choose learning rates: every arm, candidate and dataset, with the trial seed."""
-    from study_cells import Cell
+    from study.cells import Cell
 
     return [
         Cell(arm, dataset, dataclasses.replace(config, seed=TRIAL_SEED, fit_lr=rate), True, device, args.threads)
@@ -263,7 +247,7 @@ def plan_trials(arms: Arms, args: argparse.Namespace, device: str) -> list[Cell]
 
 def plan_cells(arms: Arms, rates: pd.DataFrame, args: argparse.Namespace, device: str) -> list[Cell]:
     """Lists the cells of the study; seed by seed, so that a study cut short has whole ones."""
-    from study_cells import Cell
+    from study.cells import Cell
 
     chosen = rates[rates.is_chosen].drop_duplicates("arm").set_index("arm").fit_lr
     return [
@@ -282,7 +266,7 @@ def check_done(cells: list[Cell], datasets: Datasets, output: Path) -> None:
     Raises:
         InputError: If the result of another request is in a cell's place.
     """
-    from study_cells import check_request
+    from study.cells import check_request
 
     for cell in cells:
         check_request(output / cell.name, cell.request(datasets[cell.dataset].sha256))
@@ -292,7 +276,7 @@ def run_cells(
     cells: list[Cell], datasets: Datasets, output: Path, engine: Engine, tracker: StudyTracker, progress: Progress
 ) -> None:
     """Runs the cells that are not done, and tells tracker and progress of all."""
-    from study_cells import Result
+    from study.cells import Result
 
     is_old = [(output / cell.name).exists() for cell in cells]
     for cell in [cell for cell, old in zip(cells, is_old, strict=True) if old]:
@@ -353,7 +337,7 @@ def run_locally(cells: list[Cell], datasets: Datasets, output: Path) -> Iterator
     """Runs cells one after another; those that another process is running are waited for in the end."""
     from filelock import FileLock, Timeout
 
-    from study_cells import run_cell
+    from study.cells import run_cell
 
     for waits in (False, True):
         held = []
@@ -388,7 +372,7 @@ def connect_ray(args: argparse.Namespace) -> Engine:
         raise InputError("--engine ray needs Ray; pip install -r requirements-ray.txt") from None
     code = {
         "working_dir": str(Path(__file__).parent),
-        "excludes": ["/data/", "/results/", "/tests/", "/.git/", "*.pkl"],
+        "excludes": ["/data/bundled/", "/data/policies/", "/results/", "/tests/", "/.git/", "*.pkl"],
     }
     try:
         ray.init(args.ray_address or "auto", runtime_env=code, log_to_driver=False, logging_level="ERROR")
@@ -404,7 +388,7 @@ def run_on_ray(cells: list[Cell], datasets: Datasets, output: Path) -> Iterator[
     """Runs cells side by side; one whose worker is lost runs again elsewhere, five times at most."""
     import ray
 
-    from study_cells import run_cell
+    from study.cells import run_cell
 
     remote = ray.remote(run_cell)
     shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
@@ -464,7 +448,7 @@ def choose_rates(trials: list[Cell], output: Path) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    from study_cells import Result
+    from study.cells import Result
 
     records = []
     for trial in trials:
@@ -486,7 +470,7 @@ def open_study(args: argparse.Namespace, arms: Arms) -> StudyTracker:
     """Makes the study's folder, known by its ``study.json``, and its run in MLflow; or goes on with both."""
     from filelock import FileLock
 
-    from study_tracking import StudyTracker
+    from study.tracker import StudyTracker
 
     path = args.output / "study.json"
     with FileLock(lock_path(args.output, "study")):
@@ -542,9 +526,9 @@ def report(
     Raises:
         FileNotFoundError: If there is nothing to analyse.
     """
-    from study_analysis import analyse
-    from study_cells import Result
-    from study_report import write_report
+    from study.analysis import analyse
+    from study.cells import Result
+    from study.report import write_report
 
     there = [cell for cell in cells if (args.output / cell.name).exists()]
     results = {
@@ -569,8 +553,8 @@ def describe(
     """Returns what the report says of the study beside its numbers."""
     import pandas as pd
 
-    from dataset import split_trajectories
-    from study_cells import HOLDOUT_RATIO, TEST_RATIO
+    from data.trajectories import split_trajectories
+    from study.cells import HOLDOUT_RATIO, TEST_RATIO
 
     rows = []
     for name, dataset in datasets.items():

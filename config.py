@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from errors import InputError, did_you_mean
+from utils import InputError, did_you_mean
 
 
 @dataclass(frozen=True)

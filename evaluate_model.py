@@ -4,8 +4,8 @@
 
 scores the test trajectories that ``learn_model.py --test_ratio`` kept apart (or the holdout, which the report then
 says), one step ahead and open loop, and ends with ``report.html``, ``metrics.json``, CSV tables and PNG figures in
-``reports/``. ``main`` loads everything and passes it on; what is measured is in ``evaluation.py``, ``rollouts.py`` and
-``oracle.py``.
+``reports/``. ``main`` loads everything and passes it on; what is measured is in the package
+``evaluation``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -21,18 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import CommandLine, InputError, exit_on_input_error
-from learn_model import find_device
-from utils import atomic_write, git_commit
+from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error
+from utils import InputError, atomic_write, git_commit
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     import numpy as np
     import pandas as pd
 
-    from dataset import Dataset, Transitions
+    from data.trajectories import Dataset, Transitions
     from dynamics_model import DynamicsEnsemble
-    from forecasts import Rows
-    from oracle import Oracle
+    from evaluation.oracle import Oracle
+    from evaluation.predictions import Rows
 
 REPORTS = Path("reports")
 MAX_ROWS = 50_000  # of the evaluated dataset; more are drawn from in whole trajectories
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     with exit_on_input_error():
         check_arguments(args)
-        device = find_device("cpu" if args.cpu else args.device)
+        device = choose_device("cpu" if args.cpu else args.device)
         models = load_models(args.model, device)
         datasets = load_datasets(args, models)
         model, dataset = models[0], datasets[0]
@@ -86,11 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         training = find_training_rows(model, dataset, args.quiet)
         check_enough(model, selection, training)
         folder = args.output or REPORTS / f"{slug(model.name)}-on-{slug(dataset.name)}"
-        check_folder(folder)
+        check_output_folder(folder, is_ours=bool(earlier_files(folder)), expected="a report")
         oracle = find_oracle(model, dataset, selection, args.seed) if args.oracle else None
 
-    from figures import draw_figures
-    from report import html_report
+    from evaluation.figures import draw_figures
+    from evaluation.report import html_report
 
     facts = describe(model, dataset, selection, training, args.seed, sys.argv[1:] if argv is None else argv)
     if not args.quiet:
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}; the report in {folder} is not complete", file=sys.stderr)
         return 1
     if model.metadata.get("mlflow_run_id"):
-        from tracking import log_evaluation
+        from tracking.mlflow_tracker import log_evaluation
 
         log_evaluation(model.metadata["mlflow_run_id"], slug(dataset.name), summary, files)
     if not args.quiet:
@@ -201,21 +199,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"dataset {repeated!r} is given twice; give every dataset once")
 
 
-def check_folder(folder: Path) -> None:
-    """Checks that a report can be written to a folder: a new or empty one, or one that holds an earlier report.
-
-    Raises:
-        InputError: If it cannot.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {str(folder)!r} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and not earlier_files(folder):
-        raise InputError(f"--output {str(folder)!r} holds other files than a report; give a new or empty folder")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
-
-
 # --- Inputs ---
 
 
@@ -252,7 +235,7 @@ def load_datasets(args: argparse.Namespace, models: list[Model]) -> list[Dataset
     Raises:
         InputError: If there is no such dataset, or a model does not fit.
     """
-    from dataset import load_dataset
+    from data.sources import load_dataset
 
     first = load_dataset(args.dataset, simulator_states=args.oracle, quiet=args.quiet)
     datasets = [first, *(load_dataset(name, quiet=args.quiet) for name in args.ood_dataset)]
@@ -284,7 +267,7 @@ def select_trajectories(
     """
     import numpy as np
 
-    from forecasts import draw_trajectories
+    from evaluation.predictions import draw_trajectories
 
     if is_own(model, dataset):
         part, indices = choose_part(model, dataset.name, split)
@@ -318,7 +301,7 @@ def unseen_rows(model: Model, dataset: Dataset, seed: int) -> Rows:
     Raises:
         InputError: If it has seen all.
     """
-    from forecasts import gather_rows
+    from evaluation.predictions import gather_rows
 
     return gather_rows(dataset, select_trajectories(model, dataset, MAX_OTHER_ROWS, seed).indices)
 
@@ -330,7 +313,8 @@ def find_training_rows(model: Model, dataset: Dataset, quiet: bool) -> Transitio
     """
     import numpy as np
 
-    from dataset import gather_transitions, load_dataset
+    from data.sources import load_dataset
+    from data.trajectories import gather_transitions
 
     if not is_own(model, dataset):
         try:
@@ -361,9 +345,9 @@ def find_oracle(model: Model, dataset: Dataset, selection: Selection, seed: int)
     Raises:
         InputError: If it does not.
     """
-    from dataset import source_attributes
-    from forecasts import Scale
-    from oracle import prepare_oracle
+    from data.sources import source_attributes
+    from evaluation.oracle import prepare_oracle
+    from evaluation.predictions import Scale
 
     process_noise = float(source_attributes(dataset.name).get("process_noise", 0.0))
     return prepare_oracle(dataset, selection.indices, Scale.of(model.ensemble), process_noise, seed)
@@ -386,9 +370,9 @@ def measure(
     Returns:
         The tables of ``evaluation.evaluate`` and ``oracle.evaluate_oracle``, and their headline numbers.
     """
-    from evaluation import evaluate, residual_variance, summarise
-    from forecasts import gather_rows
-    from oracle import evaluate_oracle
+    from evaluation.evaluate import evaluate, residual_variance, summarise
+    from evaluation.oracle import evaluate_oracle
+    from evaluation.predictions import gather_rows
 
     tables = evaluate(
         model.ensemble,
@@ -413,7 +397,7 @@ def cross_dataset_table(models: list[Model], datasets: list[Dataset], seed: int)
     """Error of every model on every dataset, on rows it has not seen; nan where it has seen all."""
     import pandas as pd
 
-    from evaluation import cross_dataset_error
+    from evaluation.evaluate import cross_dataset_error
 
     records = []
     for model in models:
@@ -461,7 +445,7 @@ def describe(
         "seed": seed,
         "config": model.metadata["config"],
         "command": shlex.join(["python", "evaluate_model.py", *arguments]),
-        "git_commit": git_commit(Path(__file__).parent),
+        "git_commit": git_commit(),
     }
 
 

@@ -10,36 +10,25 @@ training loop.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
-import itertools
-import math
-import os
 import pickle
-import platform
 import re
 import shlex
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import CommandLine, choose_device, exit_on_input_error, interruptible
 from config import LearnConfig, load_config
-from errors import CommandLine, InputError, exit_on_input_error
-from utils import atomic_write, choose_device, git_commit
+from utils import InputError, Origin, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from torch import Tensor
-
-    from dataset import Dataset, Split, Transitions
-    from dynamics_model import DynamicsEnsemble, NormalisedRows
-    from member_threads import MemberGroup
-    from run_folder import RunFolder
-    from tracking import NullTracker
+    from data.trajectories import Dataset, Split
+    from dynamics_model import DynamicsEnsemble
+    from tracking.run_folder import RunFolder
+    from tracking.trackers import NullTracker
 
 LOGS = Path("logs")
 _TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
@@ -66,9 +55,13 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
         if config.patience is not None and not holds_out:
             raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.2")
         check_outputs(args)
-        device = find_device(args.device)
+        device = choose_device(args.device)
 
-        from dataset import check_shares, gather_transitions, holdout_rows, load_dataset, split_trajectories
+        from data.sources import load_dataset
+        from data.trajectories import check_shares, gather_transitions, holdout_rows, split_trajectories
+        from training.build import build_ensemble
+        from training.loop import train_ensemble
+        from training.scores import rank_elites, score_members, summarise
 
         check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio)
         dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
@@ -104,7 +97,7 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
 
-            from report import plot_learning_curves
+            from reporting.learning_curves import plot_learning_curves
 
             curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
             tracker.finish(summarise(scores, elites), [run.config_yaml, run.metrics_csv, curves, args.output])
@@ -121,151 +114,6 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
     if not args.quiet:
         print(results_table(scores, elites, args.output, run))
     return 0
-
-
-def train_ensemble(
-    ensemble: DynamicsEnsemble,
-    config: LearnConfig,
-    train: NormalisedRows,
-    holdout: NormalisedRows | None,
-    tracker: NullTracker,
-    track_training: bool = False,
-    checkpoint: dict[str, Any] | None = None,
-    save_checkpoint: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Trains all members at once, in place; with a holdout, each ends with its best weights.
-
-    Args:
-        ensemble: What to train; its device is where ``train`` and ``holdout`` are.
-        config: Settings.
-        train: Training rows, normalised.
-        holdout: Rows that select weights and stop training, normalised; None trains to the end.
-        tracker: Receives one row of numbers per epoch and member.
-        track_training: Whether to score the training rows after every epoch rather than every now and then.
-        checkpoint: What training goes on from, to end in the same bits as if it had never stopped; None starts anew.
-        save_checkpoint: Called with such a checkpoint after every epoch.
-    """
-    import torch
-
-    from member_threads import MemberThreads
-    from optimisation import BestWeights, draw_bootstrap, draw_order, product_precision
-
-    network, rows = ensemble.network, len(train.inputs)
-    network.requires_grad_(True)
-    best = BestWeights(network, config.patience) if holdout is not None else None
-    bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
-
-    with MemberThreads(network, config) as threads:
-        if checkpoint is not None:
-            network.load_state_dict(checkpoint["network"])
-            threads.load_optimizer_state(checkpoint["optimizer"])
-            if best is not None:
-                best.load_state_dict(checkpoint["best"])
-        for epoch in range(checkpoint["epochs"] if checkpoint is not None else 0, config.fit_epochs):
-            if best is not None and all(best.stopped):
-                break
-            order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
-            if bootstrap is not None:
-                order = bootstrap.gather(1, order)
-            order = order.to(ensemble.device)
-            with product_precision(config, epoch, order.is_cuda):
-                losses = threads.map_rows(partial(take_steps, config, train, order, epoch), rows, config.batch_size)
-
-            holdout_scores = threads.score(holdout) if holdout is not None else {}
-            if best is not None:
-                best.update(network, holdout_scores["mse"])
-            is_last = epoch == config.fit_epochs - 1 or (best is not None and all(best.stopped))
-            is_scored = track_training or epoch == 0 or is_last or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
-            train_scores = threads.score(train) if is_scored else {}
-            mean_losses = (torch.cat([sum(pieces) for pieces in losses]) / rows).tolist()
-            tracker.log_epoch(epoch, metric_rows(ensemble, config, epoch, mean_losses, train_scores, holdout_scores))
-            if save_checkpoint is not None:
-                save_checkpoint(
-                    {
-                        "epochs": epoch + 1,
-                        "network": network.state_dict(),
-                        "optimizer": threads.optimizer_state(),
-                        "best": None if best is None else best.state_dict(),
-                    }
-                )
-    if best is not None:
-        best.restore(network)
-
-
-def take_steps(
-    config: LearnConfig, train: NormalisedRows, order: Tensor, epoch: int, group: MemberGroup, starts: range
-) -> Tensor:
-    """Takes the steps of one epoch, or of a piece of it, with a group of members.
-
-    Args:
-        config: Settings.
-        train: Training rows, normalised.
-        order: Rows in the order in which each member of the ensemble sees them, ``(ensemble, rows)``.
-        epoch: Which one, from 0.
-        group: Members that go through each step together, with their optimiser.
-        starts: Where in ``order`` each minibatch starts.
-
-    Returns:
-        The reported loss of each member of the group, summed over rows.
-    """
-    import torch
-
-    from optimisation import clip_gradients, learning_rate
-
-    network, optimizer = group.network, group.optimizer
-    loss_sum = torch.zeros(network.ensemble_size, device=order.device)  # stays there: no wait for the device
-    for start in starts:
-        time = epoch + start / len(train.inputs)  # in epochs
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(config, time)
-        batch = train.select(order[group.members, start : start + config.batch_size])  # (ensemble, batch, ...)
-        objective, reported = network.losses(batch, time / config.fit_epochs)  # (ensemble,)
-        if network.reward is not None:
-            objective = objective + network.reward_loss(batch)
-        optimizer.zero_grad(set_to_none=True)
-        objective.sum().backward()  # members share no parameter: each gets its own gradient
-        for part in network.parts() if config.grad_clip is not None else ():
-            clip_gradients(part, config.grad_clip)
-        optimizer.step()
-        loss_sum += reported * batch.inputs.shape[1]
-    return loss_sum
-
-
-def metric_columns(ensemble: DynamicsEnsemble) -> list[str]:
-    """Returns the columns of ``metrics.csv``, the published ones first."""
-    columns = ["step", "model_id", ensemble.member_class.loss_name, "lr", "train_mse", "val_mse", "nll"]
-    return columns if ensemble.network.reward is None else [*columns, "reward_train_mse", "reward_val_mse"]
-
-
-def metric_rows(
-    ensemble: DynamicsEnsemble,
-    config: LearnConfig,
-    epoch: int,
-    losses: list[float],
-    train_scores: dict[str, list[float]],
-    holdout_scores: dict[str, list[float]],
-) -> list[dict[str, float | int | None]]:
-    """Returns one row of ``metrics.csv`` per member: errors in normalised units, None for what was not measured.
-
-    ``train_mse``, ``val_mse`` and ``nll`` (nats, on the holdout) are those of the epoch's final weights; the loss is
-    the mean over the epoch's minibatches, and ``lr`` the rate at the epoch's first step.
-    """
-    from optimisation import learning_rate
-
-    missing = [None] * len(ensemble)
-    columns = {
-        "step": [epoch] * len(ensemble),
-        "model_id": range(len(ensemble)),
-        ensemble.member_class.loss_name: losses,
-        "lr": [learning_rate(config, epoch)] * len(ensemble),
-        "train_mse": train_scores.get("mse", missing),
-        "val_mse": holdout_scores.get("mse", missing),
-        "nll": holdout_scores.get("nll", missing),
-        "reward_train_mse": train_scores.get("reward_mse", missing),
-        "reward_val_mse": holdout_scores.get("reward_mse", missing),
-    }
-    names = metric_columns(ensemble)
-    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
 
 
 # --- The command line ---
@@ -362,7 +210,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
         )
     written = {"--output": args.output, "--csv": args.csv, "--dataset_path": args.dataset_path}
-    bundled = Path(__file__).resolve().parent / "data" / f"{args.dataset}.hdf5"
+    bundled = Path(__file__).resolve().parent / "data" / "bundled" / f"{args.dataset}.hdf5"
     taken = {bundled: "--dataset", Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
     for flag, path in written.items():
         if path is None:
@@ -383,100 +231,12 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Lets SIGTERM, as schedulers send it, end the block like Ctrl-C does: by a KeyboardInterrupt.
-
-    Yields:
-        A function that raises it again. Python drops an exception that a signal raises inside a finaliser.
-    """
-    received = []
-
-    def interrupt(number: int, frame: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    def raise_again() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield raise_again
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def find_device(name: str) -> str:
-    """Returns the device asked for, or turns its absence into an input error."""
-    try:
-        return choose_device(name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 # --- Building what is trained ---
-
-
-def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEnsemble:
-    """Builds the members, each from its own stream, with the normalisation of the training rows, and stacks them.
-
-    Raises:
-        InputError: If there is nothing to learn in the training rows.
-    """
-    from deterministic_model import DeterministicModel
-    from dynamics_model import Architecture, DynamicsEnsemble, Normalisation, random_stream
-    from probabilistic_model import ProbabilisticModel
-
-    architecture = Architecture(
-        state_dim=transitions.states.shape[1],
-        action_dim=transitions.actions.shape[1],
-        hidden_size=config.hidden_size,
-        activation_fn=config.activation_fn,
-        layer_norm=config.layer_norm,
-        reward_hidden_size=config.reward_hidden_size if config.learn_reward else None,
-        beta_nll=config.beta_nll,
-        beta_nll_decay=config.beta_nll_decay,
-    )
-    check_size(config, architecture.state_dim, architecture.action_dim)
-    try:
-        normalisation = Normalisation.from_transitions(transitions)
-    except ValueError as error:
-        raise InputError(f"{error}; give a dataset in which states move") from None
-    member_class = ProbabilisticModel if config.probabilistic else DeterministicModel
-    members = [
-        member_class(
-            architecture,
-            normalisation,
-            random_stream(config.seed, member, "initialisation"),
-            random_stream(config.seed, member, "reward"),
-        )
-        for member in range(config.ensemble_size)
-    ]
-    return DynamicsEnsemble(members, config.seed)
-
-
-def check_size(config: LearnConfig, state_dim: int, action_dim: int) -> None:
-    """Refuses an ensemble whose training cannot fit into this machine's memory, such as a typing error makes.
-
-    Raises:
-        InputError: If parameters, gradients, Adam's two moments, best weights and a checkpoint take more than there is.
-    """
-    widths = [state_dim + action_dim, *config.hidden_size, (1 + config.probabilistic) * state_dim]
-    weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
-    needed = 4 * 6 * weights * config.ensemble_size  # bytes
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise InputError(
-            f"{config.ensemble_size} members with layers {list(config.hidden_size)} need {needed / 2**30:.3g} GiB to "
-            f"train, this machine has {available / 2**30:.3g}; lower ensemble_size or hidden_size"
-        )
 
 
 def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:
     """Finds the run to resume, or makes a new one."""
-    from run_folder import RunFolder, unique_name
+    from tracking.run_folder import RunFolder, unique_name
 
     request = {
         "dataset": dataset.name,
@@ -492,8 +252,7 @@ def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) ->
         stem = f"{Path(dataset.name).stem}-{args.config.stem}-s{config.seed}"
         origin = {
             "command": shlex.join(sys.argv),
-            "git_commit": git_commit(Path(__file__).parent),
-            "versions": versions(),
+            **dataclasses.asdict(Origin.here()),
         }
         run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin, args.csv)
     elif args.csv is not None and args.csv.resolve() != run.metrics_csv.resolve():
@@ -510,7 +269,10 @@ def open_trackers(
     checkpoint: dict[str, Any] | None,
 ) -> NullTracker:
     """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
-    from tracking import CsvTracker, MlflowTracker, ProgressTracker, Trackers
+    from tracking.csv_tracker import CsvTracker
+    from tracking.mlflow_tracker import MlflowTracker
+    from tracking.trackers import ProgressTracker, Trackers
+    from training.scores import metric_columns
 
     request = run.record["request"]
     config = request["config"]
@@ -539,46 +301,6 @@ def open_trackers(
 
 
 # --- Results ---
-
-
-def score_members(
-    ensemble: DynamicsEnsemble, train: NormalisedRows, holdout: NormalisedRows | None
-) -> list[dict[str, float | None]]:
-    """Scores each member's final weights: the ones that are saved.
-
-    Returns:
-        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout, in nats), normalised units; None for what
-        does not exist.
-
-    Raises:
-        FloatingPointError: If a member's error is not finite.
-    """
-    train_scores = ensemble.network.score(train)
-    holdout_scores = ensemble.network.score(holdout) if holdout is not None else {}
-    none = [None] * len(ensemble)
-    columns = {
-        "train_mse": train_scores["mse"],
-        "val_mse": holdout_scores.get("mse", none),
-        "nll": holdout_scores.get("nll", none),
-    }
-    scores = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    for member, score in enumerate(scores):
-        if not all(value is None or math.isfinite(value) for value in score.values()):
-            raise FloatingPointError(
-                f"member {member} diverged: its error is not finite; lower fit_lr or set grad_clip"
-            )
-    rewards = train_scores.get("reward_mse", []) + holdout_scores.get("reward_mse", [])
-    if not all(map(math.isfinite, rewards)):
-        raise FloatingPointError("the reward network diverged: its error is not finite; lower fit_lr or set grad_clip")
-    return scores
-
-
-def rank_elites(scores: list[dict[str, float | None]], num_elites: int | None) -> list[int]:
-    """Returns the members with the lowest validation errors, best first; all of them in order without a holdout."""
-    members = list(range(len(scores)))
-    if scores[0]["val_mse"] is None:
-        return members
-    return sorted(members, key=lambda member: scores[member]["val_mse"])[:num_elites]
 
 
 def build_metadata(
@@ -614,23 +336,9 @@ def build_metadata(
     }
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that results can depend on."""
-    packages = ("torch", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def summarise(scores: list[dict[str, float | None]], elites: list[int]) -> dict[str, Any]:
-    """Returns the final scores as trackers take them: their means over members, and each member's."""
-    means = {
-        name: sum(score[name] for score in scores) / len(scores) for name in scores[0] if scores[0][name] is not None
-    }
-    return {"metrics": means, "members": scores, "elites": elites}
-
-
 def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, device: str, run: RunFolder) -> str:
     """Returns what is about to happen, in two lines."""
-    from optimisation import reduced_epochs
+    from training.hardware import reduced_epochs
 
     rounded = reduced_epochs(config, device.startswith("cuda"))
     precision = f" (products rounded in {rounded} of {config.fit_epochs} epochs)" if rounded else ""

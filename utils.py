@@ -1,39 +1,30 @@
-"""Device choice, atomic writes, sections of documents, the commit: small functions that know nothing of the domain."""
+"""Input errors, atomic writes, the origin of results: small things that know nothing of the domain."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import importlib.metadata
 import os
+import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+ROOT = Path(__file__).resolve().parent
 
-def choose_device(name: str) -> str:
-    """Returns the device to compute on: ``auto`` takes CUDA where there is one, any other name must exist.
 
-    Args:
-        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what was given, what was expected and what to do."""
 
-    Raises:
-        ValueError: If the name is none of these, or asks for a CUDA device that this machine lacks.
-    """
-    import torch
 
-    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name == "auto":
-        return "cuda:0" if available else "cpu"
-    if name == "cpu":
-        return name
-    if name != "cuda" and not (name.startswith("cuda:") and name[5:].isdecimal()):
-        raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
-    wanted = "cuda:0" if name == "cuda" else name
-    if wanted not in available:
-        found = ", ".join(available) or "none"
-        raise ValueError(f"device {name!r} is not here (CUDA devices found: {found}); use --device auto or --cpu")
-    return wanted
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the known name closest to the given one, or an empty string."""
+    closest = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {closest[0]!r}?)" if closest else ""
 
 
 @contextlib.contextmanager
@@ -65,23 +56,31 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         raise
 
 
-def replace_section(path: str | os.PathLike[str], name: str, text: str) -> None:
-    """Replaces what a document has between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, each a line of its own.
+@dataclass(frozen=True)
+class Origin:
+    """Which code made a result, and with what; JSON keeps it as a dictionary.
 
-    Raises:
-        ValueError: If the document lacks one of these lines.
+    Attributes:
+        git_commit: The commit, with ``+`` behind it if files differ from it; None outside a repository.
+        versions: Of Python and of the packages that results can depend on, by name.
     """
-    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
-    before, found, rest = Path(path).read_text(encoding="utf-8").partition(begin)
-    _, also_found, after = rest.partition(end)
-    if not (found and also_found):
-        raise ValueError(f"{path} has no lines {begin.strip()!r} and {end.strip()!r} to write between")
-    with atomic_write(path, "w") as file:
-        file.write(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+
+    git_commit: str | None
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls) -> Origin:
+        """Returns the origin of what this process makes."""
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+        return cls(git_commit(), {"python": platform.python_version(), **packages})
 
 
-def git_commit(folder: str | os.PathLike[str]) -> str | None:
-    """Returns the commit checked out in ``folder``, with ``+`` behind it if files differ; None outside a repository."""
+def git_commit(folder: str | os.PathLike[str] = ROOT) -> str | None:
+    """Returns the commit checked out in ``folder``, with ``+`` behind it if files differ; None outside a repository.
+
+    Args:
+        folder: A folder of the repository, by default of this one.
+    """
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],

@@ -73,8 +73,9 @@ def load(study: harness.Study, scratch: Path, quick: bool) -> None:
     import h5py
 
     from config import LearnConfig
-    from dataset import gather_transitions, load_dataset, split_trajectories
-    from learn_model import build_ensemble
+    from data.sources import load_dataset
+    from data.trajectories import gather_transitions, split_trajectories
+    from training.build import build_ensemble
 
     def until_ready(path: Path) -> None:
         dataset = load_dataset(str(path), quiet=True)
@@ -144,7 +145,7 @@ def memory(study: harness.Study, scratch: Path, quick: bool) -> None:
 def tracking(study: harness.Study, scratch: Path, quick: bool) -> None:
     """Trains with --track_training and adds up what the loop spends inside trackers."""
     import learn_model
-    from tracking import NullTracker
+    from tracking.trackers import NullTracker
 
     class TimedTracker(NullTracker):
         """Passes everything on, and takes the time."""
@@ -277,7 +278,7 @@ def step_times(case: Case) -> list[dict[str, Any]]:
 
 def order_times(count: int) -> list[dict[str, Any]]:
     """Draws the order of an epoch for 7 members, the only cost of an epoch besides steps and scoring."""
-    from optimisation import draw_order
+    from training.batches import draw_order
 
     return harness.in_turn({"order of an epoch": lambda: draw_order(0, 7, count, epoch=0)}, rounds=5, seconds=0)
 

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from errors import CommandLine, InputError, exit_on_input_error
-from utils import atomic_write, git_commit, replace_section
+from cli import CommandLine, exit_on_input_error
+from reporting.page import replace_section
+from utils import InputError, atomic_write, git_commit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

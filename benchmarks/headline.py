@@ -10,7 +10,7 @@ from __future__ import annotations
 import pandas as pd
 
 from benchmarks import harness, step_throughput, time_to_quality
-from utils import replace_section
+from reporting.page import replace_section
 
 STEPS = (("probabilistic", "4x200"), ("deterministic", "4x256"))
 ARMS = {

@@ -1,6 +1,6 @@
 """Peak memory of a ``learn_model.py`` run, printed as JSON: a process of its own for ``around_training.py``.
 
-    python -m benchmarks.memory_probe data/hopper-medium-demo.hdf5 7
+    python -m benchmarks.memory_probe data/bundled/hopper-medium-demo.hdf5 7
 
 The whole command runs, up to an optimiser step after which memory does not grow any more; then rows are scored as at
 the end of an epoch, and the run is left. Peaks: after importing PyTorch, before the first step, and at the end.

@@ -23,14 +23,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import member_threads
 from benchmarks import harness
 from benchmarks.time_to_quality import DATA, Run, mean
 from config import load_config
-from dataset import Dataset, load_dataset
-from learn_model import score_members, train_ensemble
-from optimisation import reduced_epochs
-from tracking import NullTracker
+from data.sources import load_dataset
+from data.trajectories import Dataset
+from tracking.trackers import NullTracker
+from training import member_threads
+from training.hardware import reduced_epochs
+from training.loop import train_ensemble
+from training.scores import score_members
 
 Optimizer = torch.optim.Optimizer
 

@@ -88,7 +88,7 @@ class Case:
         """Rows of noise: speed depends on their size only."""
         import numpy as np
 
-        from dataset import Transitions
+        from data.trajectories import Transitions
 
         random = np.random.default_rng(0)
         state_dim, action_dim = SIZES[self.size]
@@ -100,7 +100,7 @@ class Case:
     @cached_property
     def ensemble(self) -> Any:
         """The product's ensemble, from which every arm takes sizes and normalised rows."""
-        from learn_model import build_ensemble
+        from training.build import build_ensemble
 
         return build_ensemble(self.config, self.transitions)
 
@@ -147,8 +147,8 @@ def ours(case: Case, pace: Pace, **settings: Any) -> None:
     import torch
 
     from dynamics_model import NormalisedRows
-    from learn_model import train_ensemble
-    from tracking import NullTracker
+    from tracking.trackers import NullTracker
+    from training.loop import train_ensemble
 
     ensemble = case.ensemble
     every = ensemble.normalise(case.transitions)
@@ -172,7 +172,7 @@ def plain(case: Case, pace: Pace) -> None:
     import torch
 
     from benchmarks.plain_loop import plain_member, train_steps
-    from optimisation import draw_order
+    from training.batches import draw_order
 
     rows = case.ensemble.normalise(case.transitions)
     members = [plain_member(case.config, case.ensemble.network, index) for index in range(case.members)]
@@ -189,7 +189,7 @@ def mbrl(case: Case, pace: Pace) -> None:
     import torch
     from mbrl.models.gaussian_mlp import GaussianMLP
 
-    from optimisation import draw_order
+    from training.batches import draw_order
 
     rows = case.ensemble.normalise(case.transitions)
     model = GaussianMLP(
@@ -217,7 +217,7 @@ def jax(case: Case, pace: Pace) -> None:
     import optax
     from flax import linen
 
-    from optimisation import draw_order
+    from training.batches import draw_order
 
     rows = case.ensemble.normalise(case.transitions)
     inputs, targets = jnp.asarray(rows.inputs.numpy()), jnp.asarray(rows.targets.numpy())
@@ -280,7 +280,7 @@ def products(case: Case, pace: Pace) -> None:
     import torch
 
     from dynamics_model import USES_ONEDNN, stacked_linear
-    from optimisation import product_precision
+    from training.hardware import product_precision
 
     threads, share = (case.threads, 1) if USES_ONEDNN else (1, case.members)
     layers = []
@@ -322,7 +322,7 @@ def floor(case: Case, pace: Pace, reduced_precision: float = 0.0) -> None:
     """
     import torch
 
-    from optimisation import product_precision
+    from training.hardware import product_precision
 
     config = dataclasses.replace(case.config, reduced_precision=reduced_precision)
     large = torch.randn(2048, 2048)
@@ -359,7 +359,7 @@ def ours_by(uses_onednn: bool, small_step: float, case: Case, pace: Pace) -> Non
         pace: Of the rounds.
     """
     import dynamics_model
-    import member_threads
+    from training import member_threads
 
     dynamics_model.USES_ONEDNN, member_threads._SMALL_STEP = uses_onednn, small_step
     ours(case, pace)

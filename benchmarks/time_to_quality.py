@@ -38,13 +38,17 @@ import torch
 
 from benchmarks import harness
 from benchmarks.plain_loop import PlainMember, plain_member, train_steps, training_flops
+from cli import exit_on_input_error
 from config import LearnConfig, load_config
-from dataset import Dataset, gather_transitions, load_dataset, split_trajectories
+from data.sources import load_dataset
+from data.trajectories import Dataset, gather_transitions, split_trajectories
 from dynamics_model import DynamicsEnsemble, NormalisedRows
-from errors import exit_on_input_error
-from learn_model import build_ensemble, train_ensemble
-from optimisation import draw_order, learning_rate, reduced_epochs
-from tracking import NullTracker
+from tracking.trackers import NullTracker
+from training.batches import draw_order
+from training.build import build_ensemble
+from training.hardware import reduced_epochs
+from training.loop import train_ensemble
+from training.optimisation import learning_rate
 from utils import atomic_write
 
 SOURCES = {"ours": "configs", "published": "configs/published"}

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dataset import Transitions
+from data.trajectories import Transitions
 from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, Normalisation, random_stream
 from probabilistic_model import ProbabilisticModel

@@ -380,7 +380,7 @@ def test_describe_prints_a_table_of_any_datasets(tmp_path, capsys):
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_dataset_is_whole(name):
     env_id, keys = BUNDLED[name]
-    columns, attributes = read(DATA / f"{name}.hdf5")
+    columns, attributes = read(DATA / "bundled" / f"{name}.hdf5")
 
     assert set(columns) == keys
     assert attributes["env_name"] == env_id
@@ -397,10 +397,10 @@ def test_bundled_policies_fit_and_everything_is_small():
     for path in (DATA / "policies").glob("*.npz"):
         env = make_env("HalfCheetah-v5" if path.stem.startswith("halfcheetah") else "Hopper-v5")
         assert SquashedGaussianPolicy.load(path, env).description.startswith("sac: ")
-    size = sum(path.stat().st_size for pattern in ("*.hdf5", "policies/*.npz") for path in DATA.glob(pattern))
+    size = sum(path.stat().st_size for pattern in ("bundled/*.hdf5", "policies/*.npz") for path in DATA.glob(pattern))
     assert size < 25e6
 
 
 def test_table_of_the_bundled_datasets_is_what_describe_prints(capsys):
-    main(["--describe", *(str(path) for path in sorted(DATA.glob("*-demo.hdf5")))])
+    main(["--describe", *(str(path) for path in sorted(DATA.glob("bundled/*-demo.hdf5")))])
     assert capsys.readouterr().out in (DATA / "README.md").read_text()

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import compare_models
-import study_cells
 from compare_models import choose_rates, main
 from config import LearnConfig
-from dataset import load_dataset
-from study_analysis import POOLED, analyse, instability, primary_horizon
-from study_cells import Cell, Result, run_cell
+from data.sources import load_dataset
+from study import cells
+from study.analysis import POOLED, analyse, instability, primary_horizon
+from study.cells import Cell, Result, run_cell
 
 ROOT = Path(compare_models.__file__).parent
 LENGTH, EPISODES = 30, 12
@@ -133,7 +133,7 @@ def test_every_run_has_the_same_split_and_its_arms_rate(whole):
 
 def test_finished_cells_are_not_run_again(whole, monkeypatch):
     before = {path.name: path.read_bytes() for path in whole.glob("*.csv")}
-    monkeypatch.setattr(study_cells, "run_cell", no_training)
+    monkeypatch.setattr(cells, "run_cell", no_training)
     assert main(arguments("whole")) == 0
     assert {path.name: path.read_bytes() for path in whole.glob("*.csv")} == before
 
@@ -156,7 +156,7 @@ def test_killed_studies_go_on_to_the_same_result(whole, workplace):
 
 def test_analysis_of_a_study_cut_short(whole, workplace, monkeypatch):
     assert main(arguments("short", seeds=1)) == 0
-    monkeypatch.setattr(study_cells, "run_cell", no_training)
+    monkeypatch.setattr(cells, "run_cell", no_training)
     assert main(arguments("short", "--analyse_only", seeds=5)) == 0
     paired = pd.read_csv("short/paired.csv")
     assert set(paired.metric) == {"nrmse", "rollout_error", "crps_recalibrated"}  # one seed has no spread
@@ -306,7 +306,7 @@ def test_cells_do_not_depend_on_the_process(is_trial):
 
 def test_cells_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     result = Result({"outcome": {"failure": None}}, {"training": pd.DataFrame({"step": [0]})})
-    monkeypatch.setattr(study_cells.json, "dump", no_training)
+    monkeypatch.setattr(cells.json, "dump", no_training)
     with pytest.raises(AssertionError):
         result.write(tmp_path / "cell")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import yaml
 
 import config as config_module
 from config import LearnConfig, config_from_dict, load_config
-from errors import InputError
+from utils import InputError
 
 ROOT = Path(config_module.__file__).parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

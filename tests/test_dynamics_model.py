@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 import dynamics_model
-import optimisation
 from config import LearnConfig
-from dataset import Transitions
+from data.trajectories import Transitions
 from deterministic_model import DeterministicModel
 from dynamics_model import (
     VARIANCE_FLOOR,
@@ -35,9 +34,12 @@ from dynamics_model import (
     load_models,
     random_stream,
 )
-from learn_model import build_ensemble, rank_elites, train_ensemble
 from probabilistic_model import ProbabilisticModel
-from tracking import NullTracker
+from tracking.trackers import NullTracker
+from training import optimisation
+from training.build import build_ensemble
+from training.loop import train_ensemble
+from training.scores import rank_elites
 
 ROOT = Path(dynamics_model.__file__).parent
 MODULES = ("dynamics_model", "deterministic_model", "probabilistic_model")

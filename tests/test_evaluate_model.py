@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 import evaluate_model
-import figures
 import learn_model
-from errors import InputError
 from evaluate_model import Model, choose_part, main, slug
+from evaluation import figures
+from utils import InputError
 
 ROOT = Path(evaluate_model.__file__).parent
 LENGTH, EPISODES = 30, 10

@@ -16,10 +16,15 @@ import torch
 
 import learn_model
 from config import config_from_dict
-from dataset import gather_transitions, load_dataset, split_trajectories
+from data.sources import load_dataset
+from data.trajectories import gather_transitions, split_trajectories
 from dynamics_model import load_ensemble
-from learn_model import build_ensemble, main, rank_elites, train_ensemble
-from tracking import NullTracker, load_run
+from learn_model import main
+from tracking.mlflow_tracker import load_run
+from tracking.trackers import NullTracker
+from training.build import build_ensemble
+from training.loop import train_ensemble
+from training.scores import rank_elites
 
 ROOT = Path(learn_model.__file__).parent
 SMALL = {"ensemble_size": 3, "hidden_size": [8], "fit_epochs": 3, "batch_size": 64}
@@ -284,7 +289,7 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(linear_dataset, w
 
 
 def test_a_bundled_dataset_is_never_written_over(workplace, capsys):
-    bundled = ROOT / "data" / "hopper-medium-demo.hdf5"
+    bundled = ROOT / "data" / "bundled" / "hopper-medium-demo.hdf5"
     before = bundled.stat().st_mtime_ns
     with pytest.raises(SystemExit):
         main([*arguments("hopper-medium-demo", published("dnn")), "--output", str(bundled)])
@@ -493,7 +498,7 @@ def test_an_interrupt_that_python_drops_ends_the_run_at_its_next_epoch(linear_da
         return kept(*_, **__)
 
     kept = learn_model.metric_rows
-    monkeypatch.setattr("learn_model.metric_rows", drop)
+    monkeypatch.setattr("training.loop.metric_rows", drop)
     monkeypatch.setattr("sys.unraisablehook", lambda _: None)
     assert main([*arguments(linear_dataset, published("dnn")), "--run_name", "mine"]) == 130
     assert "--resume --run_name mine" in capsys.readouterr().err

@@ -9,9 +9,10 @@ import torch
 
 from config import LearnConfig
 from dynamics_model import Architecture, DynamicsEnsemble, NormalisedRows
-from learn_model import build_ensemble, train_ensemble
 from probabilistic_model import ProbabilisticModel, ProbabilisticNetwork
-from tracking import NullTracker
+from tracking.trackers import NullTracker
+from training.build import build_ensemble
+from training.loop import train_ensemble
 
 # --- Prediction in raw units ---
 

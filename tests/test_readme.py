@@ -12,7 +12,7 @@ import h5py
 import pytest
 
 import learn_model
-from dataset import load_dataset
+from data.sources import load_dataset
 from dynamics_model import load_ensemble
 
 ROOT = Path(learn_model.__file__).parent
@@ -42,7 +42,7 @@ def clone(tmp_path, monkeypatch, store):
     cache = tmp_path / "d4rl"
     cache.mkdir()
     with (
-        h5py.File(ROOT / "data" / "hopper-medium-demo.hdf5") as demo,
+        h5py.File(ROOT / "data" / "bundled" / "hopper-medium-demo.hdf5") as demo,
         h5py.File(cache / "hopper_medium.hdf5", "w") as file,
     ):
         for key in ("observations", "actions", "rewards", "terminals", "timeouts"):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import utils
-from utils import atomic_write, choose_device, git_commit
+from cli import choose_device
+from utils import atomic_write, git_commit
 
 SOURCE = Path(utils.__file__)
 ROOT = SOURCE.parent

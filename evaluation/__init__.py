@@ -1,0 +1,1 @@
+"""What a trained ensemble is worth on trajectories that it never saw."""

@@ -1,0 +1,264 @@
+"""The simulator as oracle: the true next state for actions that the dataset never took.
+
+A MuJoCo environment is set to recorded simulator states (``infos/qpos`` and ``infos/qvel``) and makes one step. Off the
+data no dataset can say what a prediction is worth; the simulator can. On data collected with process noise it also
+gives what aleatoric uncertainty should be: the variance of the next state itself.
+
+Letters in shapes: ``E`` members, ``N`` rows, ``D`` state dimensions, ``L`` learned ones; units as in
+``predictions.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from data.trajectories import Dataset, Trajectory
+from dynamics_model import DynamicsEnsemble
+from evaluation import metrics
+from evaluation.evaluate import disagreements
+from evaluation.predictions import Scale, predict_one_step
+from utils import InputError
+
+ROWS = 512
+DRAWS = 64  # of each row's next state, on noisy data
+TOLERANCE = 0.01  # typical one-step changes by which simulator and record may differ, root mean square
+PERTURBATION = 0.3  # standard deviation of perturbed actions, in half widths of the action space
+
+
+class Simulator:
+    """One MuJoCo environment that can be put into any state.
+
+    Args:
+        env_name: The environment's registered Gymnasium name.
+
+    Attributes:
+        low: Smallest action, ``(action_dim,)``.
+        high: Largest action, ``(action_dim,)``.
+        sizes: Numbers of positions, velocities, action dimensions and state dimensions.
+
+    Raises:
+        InputError: If there is no such environment here, or it is not MuJoCo.
+    """
+
+    def __init__(self, env_name: str) -> None:
+        try:
+            import gymnasium
+
+            env = gymnasium.make(env_name)
+        except ImportError as error:
+            raise InputError(f"--oracle needs the simulator ({error}); pip install 'gymnasium[mujoco]'") from None
+        except gymnasium.error.Error as error:
+            raise InputError(f"--oracle cannot make the environment {env_name!r}: {error}; leave it out") from None
+        if not hasattr(env.unwrapped, "set_state"):
+            raise InputError(f"--oracle needs a MuJoCo environment, {env_name!r} is none; leave it out")
+        env.reset(seed=0)
+        self._env = env.unwrapped  # without the time limit
+        self.low, self.high = env.action_space.low, env.action_space.high
+        self.sizes = (self._env.model.nq, self._env.model.nv, *env.action_space.shape, *env.observation_space.shape)
+
+    def step(self, recorded: RecordedStates, executed: np.ndarray) -> np.ndarray:
+        """Makes one step from each recorded state with the actions ``(N, action_dim)``: next states ``(N, D)``."""
+        following = []
+        for qpos, qvel, action in zip(recorded.qpos, recorded.qvel, executed, strict=True):
+            self._env.set_state(qpos.astype(np.float64), qvel.astype(np.float64))
+            following.append(self._env.step(action)[0])
+        return np.array(following)
+
+    def add_noise(self, actions: np.ndarray, deviation: float, random: np.random.Generator) -> np.ndarray:
+        """What is executed where ``actions`` are intended, with process noise as ``collect_dataset.py`` adds it."""
+        noise = deviation * random.standard_normal(actions.shape)
+        return np.clip(actions + noise, self.low, self.high).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RecordedStates:
+    """Rows of a dataset with the simulator's state, ``(N, ...)`` each."""
+
+    states: np.ndarray
+    actions: np.ndarray
+    next_states: np.ndarray
+    qpos: np.ndarray
+    qvel: np.ndarray
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of positions, velocities, action dimensions and state dimensions."""
+        return tuple(part.shape[1] for part in (self.qpos, self.qvel, self.actions, self.states))
+
+    @classmethod
+    def spread_over(cls, dataset: Dataset, indices: np.ndarray) -> RecordedStates:
+        """Takes rows at even distances from some trajectories.
+
+        Raises:
+            InputError: If the dataset has no simulator states.
+        """
+        chosen = [dataset.trajectories[index] for index in indices]
+        if any(trajectory.qpos is None or trajectory.qvel is None for trajectory in chosen):
+            raise InputError(
+                f"--oracle needs the simulator's states, but {dataset.name} has no infos/qpos and infos/qvel; collect "
+                "data with collect_dataset.py, or leave it out"
+            )
+        count = sum(trajectory.num_transitions for trajectory in chosen)
+        at = np.linspace(0, count - 1, min(ROWS, count)).astype(np.int64)
+
+        def rows(values: Callable[[Trajectory], np.ndarray]) -> np.ndarray:
+            return np.concatenate([values(trajectory)[: trajectory.num_transitions] for trajectory in chosen])[at]
+
+        return cls(
+            rows(lambda t: t.observations),
+            rows(lambda t: t.actions),
+            rows(lambda t: t.observations[1:] if t.next_observations is None else t.next_observations),
+            rows(lambda t: t.qpos),
+            rows(lambda t: t.qvel),
+        )
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A simulator that was found to reproduce the dataset.
+
+    Attributes:
+        simulator: What knows the truth.
+        recorded: States to start from.
+        process_noise: Standard deviation of the noise on executed actions that the data was collected with.
+        drawn: Next states drawn with that noise, ``(DRAWS, N, D)``; None without noise.
+    """
+
+    simulator: Simulator
+    recorded: RecordedStates
+    process_noise: float
+    drawn: np.ndarray | None
+
+
+def prepare_oracle(dataset: Dataset, indices: np.ndarray, scale: Scale, process_noise: float, seed: int) -> Oracle:
+    """Makes the simulator and checks that it reproduces recorded transitions.
+
+    Raises:
+        InputError: If it does not, or cannot be tried.
+    """
+    if dataset.env_name is None:
+        raise InputError(f"--oracle needs to know the environment, which {dataset.name} does not name; leave it out")
+    recorded = RecordedStates.spread_over(dataset, indices)
+    simulator = Simulator(dataset.env_name)
+    drawn = None
+    if simulator.sizes != recorded.sizes:
+        complaint = f"sizes of (qpos, qvel, action, state) are {recorded.sizes}, expected {simulator.sizes}"
+    elif process_noise:
+        random = np.random.default_rng(seed)
+        executed = (simulator.add_noise(recorded.actions, process_noise, random) for _ in range(DRAWS))
+        drawn = np.stack([simulator.step(recorded, actions) for actions in executed])
+        complaint = _improbable(recorded.next_states, drawn, scale)
+    else:
+        complaint = _mismatch(recorded.next_states, simulator.step(recorded, recorded.actions), scale)
+    if complaint is not None:
+        raise InputError(
+            f"--oracle: {dataset.env_name}, set to recorded states of {dataset.name}, does not reproduce its "
+            f"transitions: {complaint}; install the version of MuJoCo that made them, or leave it out"
+        )
+    return Oracle(simulator, recorded, process_noise, drawn)
+
+
+def _mismatch(recorded: np.ndarray, simulated: np.ndarray, scale: Scale) -> str | None:
+    """Says by how much recorded and simulated next states ``(N, D)`` differ, if it is too much."""
+    difference = float(metrics.rmse(scale.normalise(simulated - recorded)))
+    if difference <= TOLERANCE:
+        return None
+    return f"they differ by {difference:.2g} typical changes (root mean square), expected at most {TOLERANCE}"
+
+
+def _improbable(recorded: np.ndarray, drawn: np.ndarray, scale: Scale) -> str | None:
+    """Says how many recorded values are within the extremes of those drawn, ``(DRAWS, N, D)``, if they are too few.
+
+    Of values drawn like ``n`` others, ``(n - 1) / (n + 1)`` lie between the others' extremes, whatever they follow.
+    """
+    value, low, high = (scale.normalise(states) for states in (recorded, drawn.min(axis=0), drawn.max(axis=0)))
+    inside = float(np.mean((value >= low - TOLERANCE) & (value <= high + TOLERANCE)))
+    expected = (len(drawn) - 1) / (len(drawn) + 1)
+    if inside >= expected - 0.05:
+        return None
+    return f"{inside:.0%} of their values lie within the extremes of {len(drawn)} noisy steps, expected {expected:.0%}"
+
+
+def evaluate_oracle(
+    ensemble: DynamicsEnsemble, oracle: Oracle, residual_variance: np.ndarray | None, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Compares predictions with the simulator, on and off the data, from the same recorded states.
+
+    Args:
+        ensemble: What is evaluated.
+        oracle: Who knows the truth.
+        residual_variance: Of deterministic members, ``(E, 1, L)``, normalised units; None for probabilistic ones.
+        seed: Of the actions and the noise.
+
+    Returns:
+        ``oracle``: actions (``recorded``, ``perturbed``, ``mirrored``, ``random``), rows, rmse, no_change (that
+        baseline's rmse), predicted_std (root mean square), mean_z2 and coverage_90 (of the moment-matched Gaussian),
+        and for each measure of disagreement, normalised units: its mean, spearman (with the error) and auroc (of
+        telling these actions from the recorded ones).
+        ``oracle_noise``, on noisy data only: dimension, true (standard deviation of the simulator's next state, root
+        mean square over rows), predicted (the same of the aleatoric variance), spearman (of the two over rows).
+    """
+    recorded, random = oracle.recorded, np.random.default_rng(seed)
+    records, on_data = [], {}
+    for kind, actions in off_data_actions(recorded.actions, oracle.simulator, random).items():
+        executed = oracle.simulator.add_noise(actions, oracle.process_noise, random)
+        one_step = predict_one_step(ensemble, recorded.states, actions, oracle.simulator.step(recorded, executed))
+        variances = residual_variance if one_step.variances is None else one_step.variances
+        mean, variance = metrics.moment_match(one_step.means, variances)
+        error = mean - one_step.change
+        z = -error / np.sqrt(variance)
+        record = {
+            "actions": kind,
+            "rows": len(error),
+            "rmse": float(metrics.rmse(error)),
+            "no_change": float(metrics.rmse(one_step.change)),
+            "predicted_std": float(np.sqrt(np.mean(variance))),
+            "mean_z2": float(np.mean(np.square(z))),
+            "coverage_90": float(metrics.interval_coverage(z, 0.9)),
+        }
+        for measure, values in disagreements(one_step.means, one_step.variances).items():
+            on_data.setdefault(measure, values)  # recorded actions come first
+            record |= {
+                f"mean_{measure}": values.mean(),
+                f"spearman_{measure}": metrics.spearman(values, np.linalg.norm(error, axis=-1)),
+                f"auroc_{measure}": metrics.auroc(values, on_data[measure]),
+            }
+        records.append(record)
+    tables = {"oracle": pd.DataFrame(records)}
+    if oracle.drawn is not None:
+        tables["oracle_noise"] = noise_table(ensemble, oracle, residual_variance)
+    return tables
+
+
+def off_data_actions(recorded: np.ndarray, simulator: Simulator, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Actions by kind, ``(N, action_dim)`` float32 each: the recorded ones, and three that the dataset never took."""
+    low, high = simulator.low, simulator.high
+    perturbed = recorded + PERTURBATION * (high - low) / 2 * random.standard_normal(recorded.shape)
+    kinds = {
+        "recorded": recorded,
+        "perturbed": np.clip(perturbed, low, high),
+        "mirrored": low + high - recorded,
+        "random": random.uniform(low, high, recorded.shape),
+    }
+    return {kind: actions.astype(np.float32) for kind, actions in kinds.items()}
+
+
+def noise_table(ensemble: DynamicsEnsemble, oracle: Oracle, residual_variance: np.ndarray | None) -> pd.DataFrame:
+    """Compares the variance of the simulator's own next states with the predicted one, per dimension."""
+    scale, recorded = Scale.of(ensemble), oracle.recorded
+    true = scale.normalise(oracle.drawn).var(axis=0, ddof=1)  # (N, L)
+    one_step = predict_one_step(ensemble, recorded.states, recorded.actions, recorded.next_states)
+    variances = residual_variance if one_step.variances is None else one_step.variances
+    predicted = np.broadcast_to(variances, one_step.means.shape).mean(axis=0)
+    return pd.DataFrame(
+        {
+            "dimension": scale.learned.astype(str),
+            "true": np.sqrt(true.mean(axis=0)),
+            "predicted": np.sqrt(predicted.mean(axis=0)),
+            "spearman": [metrics.spearman(*columns) for columns in zip(predicted.T, true.T, strict=True)],
+        }
+    )

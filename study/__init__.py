@@ -1,0 +1,1 @@
+"""Comparing ensembles: a grid of trainings, its paired statistics and its report."""

@@ -1,0 +1,344 @@
+"""What a study's cells say: tidy tables, from the cells' tables alone, so that analysing again needs no training.
+
+All errors are in normalised units (1 is a typical change in one step). Comparisons are ratios of an arm's error to a
+reference arm's, below 1 where the arm is better, between runs with the same seed on the same test trajectories.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from study.cells import Result
+from study.paired_statistics import (
+    REPLICATES,
+    Estimate,
+    compare_spreads,
+    crossed_interval,
+    holm,
+    interquartile_mean,
+    pool,
+    probability_of_improvement,
+    resample_counts,
+    stratified_interval,
+    weighted_mean,
+    weighted_median,
+)
+
+PRIMARY = {
+    "nrmse": "one-step error: root mean squared error of the ensemble's mean on test trajectories",
+    "rollout_error": "long-rollout error: median over start points of the tsinf forecast's error at the horizon",
+    "crps_recalibrated": "calibrated uncertainty: one-step CRPS after cross-fitted recalibration",
+    "sd_log_nrmse": "stability: standard deviation over seeds of the log of the one-step error",
+}
+ERRORS = tuple(PRIMARY)[:3]
+POOLED = "all datasets"
+LONGEST_HORIZON = 25
+_PAIRED = ["metric", "arm", "reference", "dataset", "horizon", "pairs", "trajectories", "ratio", "low", "high"]
+_PAIRED += ["p_value", "p_holm"]
+_ERROR_CAP = 1e6  # what the error of a rollout counts that left the floating-point numbers
+
+Tables = dict[str, pd.DataFrame]
+Results = Mapping[tuple[str, str, int], Result]
+"""Results by arm, dataset and seed; a cell that has not run is not there."""
+
+
+@dataclass(frozen=True)
+class LogErrors:
+    """Log of one error of one arm on one dataset.
+
+    Attributes:
+        by_seed: Of all test trajectories, by seed; seeds whose training failed are not there.
+        replicates: The same under resampled trajectories, ``(B,)`` by seed; all arms and seeds share the draws.
+        trajectories: How many there are to resample.
+    """
+
+    by_seed: dict[int, float]
+    replicates: dict[int, np.ndarray]
+    trajectories: int
+
+    def minus(self, other: LogErrors) -> LogErrors:
+        """Returns the paired log ratio, of the seeds that both have."""
+        seeds = [seed for seed in self.by_seed if seed in other.by_seed]
+        return LogErrors(
+            {seed: self.by_seed[seed] - other.by_seed[seed] for seed in seeds},
+            {seed: self.replicates[seed] - other.replicates[seed] for seed in seeds},
+            self.trajectories,
+        )
+
+    def estimate(self) -> Estimate:
+        """Returns the mean over seeds."""
+        values = np.array(list(self.by_seed.values()))
+        replicates = np.column_stack(list(self.replicates.values())) if len(values) else np.empty((REPLICATES, 0))
+        return crossed_interval(values, replicates, self.trajectories)
+
+
+def analyse(results: Results) -> Tables:
+    """Analyses a study.
+
+    Returns:
+        Tables by name:
+
+        - ``cells``: arm, dataset, seed, fit_lr, failure, the three errors, what ``stability`` is made of, seconds, and
+          every headline number of the evaluation;
+        - ``values``: metric, dataset, arm, seeds, value (geometric mean over seeds; of ``sd_log_nrmse`` itself), low,
+          high;
+        - ``paired``: metric, arm, reference, dataset, horizon, pairs, trajectories, ratio, low, high, p_value, p_holm
+          (adjusted over all datasets and pairs of arms of the metric); ``all datasets`` is the mean log ratio;
+        - ``aggregates``: metric, arm, iqm (of errors over the dataset's geometric mean), low, high;
+        - ``improvement``: metric, arm, reference, probability, low, high;
+        - ``stability``: arm, dataset, runs, failed, sd_log_nrmse, jitter, worst_to_median, exploded;
+        - ``horizon``: arm, dataset, propagation, horizon, error (geometric mean over seeds of medians), low, high
+          (smallest and largest seed);
+        - ``reliability``: arm, dataset, variant, promised, observed (mean over seeds).
+    """
+    arms, datasets = (list(dict.fromkeys(key[place] for key in results)) for place in (0, 1))
+    horizons = {dataset: primary_horizon(results, dataset) for dataset in datasets}
+    logs = {
+        (metric, arm, dataset): log_errors(results, metric, arm, dataset, horizons[dataset])
+        for metric, arm, dataset in itertools.product(ERRORS, arms, datasets)
+    }
+    cells = cells_table(results, logs, horizons)
+    return {
+        "cells": cells,
+        "values": values_table(logs),
+        "paired": paired_table(logs, arms, datasets, horizons),
+        **aggregate_tables(cells, arms, datasets),
+        "stability": stability_table(cells),
+        "horizon": horizon_table(results),
+        "reliability": reliability_table(results),
+    }
+
+
+def primary_horizon(results: Results, dataset: str) -> int:
+    """Returns the longest kept horizon, 25 at most, for which half of the start points have enough recorded steps."""
+    for key, result in results.items():
+        if key[1] == dataset and result.failure is None:
+            counts = result.tables["starts"].groupby("horizon").size()
+            return int(max(step for step in counts.index if step <= LONGEST_HORIZON and 2 * counts[step] >= counts[1]))
+    return LONGEST_HORIZON  # every training has failed
+
+
+# --- Errors, and their resampling over trajectories ---
+
+
+def log_errors(results: Results, metric: str, arm: str, dataset: str, horizon: int) -> LogErrors:
+    """Gathers one error of one arm on one dataset; the same trajectories are drawn for every arm."""
+    by_seed, replicates, trajectories = {}, {}, 0
+    for key, result in results.items():
+        if key[:2] == (arm, dataset) and result.failure is None:
+            values = _log_values(result, metric, horizon)
+            by_seed[key[2]], replicates[key[2]], trajectories = values
+    return LogErrors(by_seed, replicates, trajectories)
+
+
+def _log_values(result: Result, metric: str, horizon: int) -> tuple[float, np.ndarray, int]:
+    """Returns the log of an error, its replicates ``(B,)`` and the number of trajectories."""
+    if metric == "rollout_error":
+        table = result.tables["starts"].query("horizon == @horizon")
+        values, weights, combine = table.error.clip(upper=_ERROR_CAP), np.ones(len(table)), weighted_median
+    else:
+        table = result.tables["trajectories"]
+        values, weights, combine = table["mse" if metric == "nrmse" else metric], table.rows, weighted_mean
+    identities, place = np.unique(table.trajectory, return_inverse=True)
+    counts = np.vstack([np.ones(len(identities)), resample_counts(len(identities), REPLICATES, seed=0)])
+    logs = np.log(combine(values.to_numpy(), counts[:, place] * np.asarray(weights)))
+    logs = logs / 2 if metric == "nrmse" else logs  # the root of the mean square
+    return float(logs[0]), logs[1:], len(identities)
+
+
+# --- Tables ---
+
+
+def cells_table(
+    results: Results, logs: dict[tuple[str, str, str], LogErrors], horizons: dict[str, int]
+) -> pd.DataFrame:
+    """One line per cell, failed ones included: their errors are empty."""
+    records = []
+    for (arm, dataset, seed), result in results.items():
+        outcome = result.record["outcome"]
+        record = {
+            "arm": arm,
+            "dataset": dataset,
+            "seed": seed,
+            "fit_lr": result.record["request"]["config"]["fit_lr"],
+            "failure": outcome["failure"],
+            **{metric: np.exp(logs[metric, arm, dataset].by_seed.get(seed, np.nan)) for metric in ERRORS},
+            **instability(result, horizons[dataset]),
+            "seconds": outcome["seconds"],
+        }
+        records.append(record | {name: value for name, value in outcome["metrics"].items() if name not in record})
+    return pd.DataFrame(records)
+
+
+def instability(result: Result, horizon: int) -> dict[str, float]:
+    """Returns what is unstable within one cell; nan where training failed.
+
+    ``jitter`` is the mean rise of log validation error from one epoch to the next, falls counting 0, over epochs and
+    members: 0 for a curve that only falls. ``worst_to_median`` divides the one-step errors of the worst and the median
+    member. ``exploded`` is the share of tsinf paths that by the horizon have left the data's range by more than its
+    width.
+    """
+    if result.failure is not None:
+        return dict.fromkeys(("jitter", "worst_to_median", "exploded"), np.nan)
+    curves = np.log(result.tables["training"].pivot(index="step", columns="model_id", values="val_mse").to_numpy())
+    rises = np.maximum(np.diff(curves, axis=0), 0)
+    one_step = result.tables["one_step"]
+    members = one_step.rmse[one_step.predictor.str.startswith("member_")]
+    at_horizon = result.tables["rollout"].query("propagation == 'tsinf' and horizon == @horizon")
+    return {
+        "jitter": float(rises.mean()) if rises.size else 0.0,
+        "worst_to_median": float(members.max() / members.median()),
+        "exploded": float(at_horizon.diverged.iloc[0]),
+    }
+
+
+def values_table(logs: dict[tuple[str, str, str], LogErrors]) -> pd.DataFrame:
+    """Each arm's own errors, with intervals over seeds and trajectories; and their spread over seeds."""
+    records = []
+    for (metric, arm, dataset), errors in logs.items():
+        record = {"dataset": dataset, "arm": arm, "seeds": len(errors.by_seed)}
+        records.append({"metric": metric, **record, **_exponentials(errors.estimate(), "value")})
+        if metric == "nrmse":
+            spread = _standard_deviation(list(errors.by_seed.values()))
+            records.append({"metric": "sd_log_nrmse", **record, "value": spread})
+    return pd.DataFrame(records).sort_values("metric", key=lambda names: names.map(list(PRIMARY).index), kind="stable")
+
+
+def paired_table(
+    logs: dict[tuple[str, str, str], LogErrors], arms: list[str], datasets: list[str], horizons: dict[str, int]
+) -> pd.DataFrame:
+    """Ratios between every two arms: per dataset, each with its interval, and their mean over datasets."""
+    records = []
+    for reference, arm in itertools.combinations(arms, 2):
+        for metric in ERRORS:
+            pairs = {d: (logs[metric, arm, d], logs[metric, reference, d]) for d in datasets}
+            for record in compare_errors(pairs):
+                horizon = horizons.get(record["dataset"]) if metric == "rollout_error" else None
+                records.append({"metric": metric, "arm": arm, "reference": reference, "horizon": horizon, **record})
+        pairs = {d: (logs["nrmse", arm, d], logs["nrmse", reference, d]) for d in datasets}
+        for record in compare_stability(pairs):
+            records.append({"metric": "sd_log_nrmse", "arm": arm, "reference": reference, **record})
+    table = pd.DataFrame(records, columns=_PAIRED)
+    for metric in table.metric.unique():
+        family = (table.metric == metric) & (table.dataset != POOLED)
+        table.loc[family, "p_holm"] = holm(table.p_value[family])
+    order = table.metric.map(list(PRIMARY).index)
+    return table.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
+
+
+Pairs = dict[str, tuple[LogErrors, LogErrors]]
+"""By dataset, an arm's errors and the reference's."""
+
+
+def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
+    """Returns the ratio of errors on each dataset where a pair of runs has finished, and the mean over datasets."""
+    records, estimates = [], []
+    for dataset, (arm, reference) in pairs.items():
+        ratio = arm.minus(reference)
+        if ratio.by_seed:
+            estimates.append(ratio.estimate())
+            numbers = {"pairs": len(ratio.by_seed), "trajectories": ratio.trajectories}
+            limits = _exponentials(estimates[-1], "ratio") | {"p_value": estimates[-1].p_value}
+            records.append({"dataset": dataset, **numbers, **limits})
+    return [*records, *_pooled(records, estimates)]
+
+
+def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
+    """Returns the ratio of standard deviations over seeds, on each dataset with two pairs of runs, and the mean.
+
+    Seeds are the only random factor here: it is the spread on these test trajectories.
+    """
+    records, spreads = [], []
+    for dataset, (arm, reference) in pairs.items():
+        seeds = [seed for seed in arm.by_seed if seed in reference.by_seed]
+        if len(seeds) > 1:
+            spreads.append(compare_spreads(*([side.by_seed[seed] for seed in seeds] for side in (arm, reference))))
+            limits = {name: getattr(spreads[-1], name) for name in ("ratio", "low", "high", "p_value")}
+            records.append({"dataset": dataset, "pairs": len(seeds), **limits})
+    return [*records, *_pooled(records, [spread.log for spread in spreads])]
+
+
+def _pooled(records: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
+    """Returns the line for all datasets. It has no p-value: it sums up these datasets and tests no others."""
+    if not records:
+        return []
+    pairs = sum(record["pairs"] for record in records)
+    return [{"dataset": POOLED, "pairs": pairs, **_exponentials(pool(estimates), "ratio")}]
+
+
+def aggregate_tables(cells: pd.DataFrame, arms: list[str], datasets: list[str]) -> Tables:
+    """Interquartile means and probabilities of improvement, over the seeds that have run everywhere.
+
+    A training that failed has an infinite error: it loses every comparison.
+    """
+    runs = cells.groupby("seed").size()
+    seeds = runs.index[runs == len(arms) * len(datasets)]
+    means, improvements = [], []
+    for metric in ERRORS if len(seeds) else ():
+        errors = cells.pivot(index=["arm", "dataset"], columns="seed", values=metric)[seeds]
+        typical = np.exp(np.log(errors).stack().groupby("dataset").mean())
+        relative = errors.div(typical, axis=0, level="dataset").fillna(np.inf)
+        of_arm = {arm: relative.loc[arm].loc[datasets].to_numpy() for arm in arms}  # (datasets, S) each
+        for arm, values in of_arm.items():
+            low, high = stratified_interval(interquartile_mean, [values])
+            means.append({"metric": metric, "arm": arm, "iqm": interquartile_mean(values), "low": low, "high": high})
+        for reference, arm in itertools.combinations(arms, 2):
+            both = [of_arm[arm], of_arm[reference]]
+            low, high = stratified_interval(probability_of_improvement, both)
+            record = {"metric": metric, "arm": arm, "reference": reference}
+            improvements.append(record | {"probability": probability_of_improvement(*both), "low": low, "high": high})
+    return {
+        "aggregates": pd.DataFrame(means, columns=["metric", "arm", "iqm", "low", "high"]),
+        "improvement": pd.DataFrame(improvements, columns=["metric", "arm", "reference", "probability", "low", "high"]),
+    }
+
+
+def stability_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """What is unstable, per arm and dataset: means over the seeds whose training did not fail."""
+    groups = cells.groupby(["arm", "dataset"], sort=False)
+    table = groups[["jitter", "worst_to_median", "exploded"]].mean()
+    table.insert(0, "sd_log_nrmse", groups.nrmse.agg(lambda errors: _standard_deviation(np.log(errors.dropna()))))
+    table.insert(0, "failed", groups.failure.count())
+    table.insert(0, "runs", groups.size())
+    return table.reset_index()
+
+
+def horizon_table(results: Results) -> pd.DataFrame:
+    """Error against horizon: over seeds, the geometric mean, the smallest and the largest of the medians."""
+    table = _collect(results, "rollout")
+    table["error"] = table["median"].clip(upper=_ERROR_CAP)
+    groups = table.groupby(["arm", "dataset", "propagation", "horizon"], sort=False)["error"]
+    return groups.agg(error=lambda errors: np.exp(np.log(errors).mean()), low="min", high="max").reset_index()
+
+
+def reliability_table(results: Results) -> pd.DataFrame:
+    """Promised and observed coverage, the mean over seeds."""
+    table = _collect(results, "reliability")
+    return table.groupby(["arm", "dataset", "variant", "promised"], sort=False)["observed"].mean().reset_index()
+
+
+def _collect(results: Results, name: str) -> pd.DataFrame:
+    """Returns one table of all cells that did not fail, with the cell's arm, dataset and seed."""
+    return pd.concat(
+        [
+            result.tables[name].assign(arm=arm, dataset=dataset, seed=seed)
+            for (arm, dataset, seed), result in results.items()
+            if result.failure is None
+        ],
+        ignore_index=True,
+    )
+
+
+def _exponentials(estimate: Estimate, name: str) -> dict[str, float]:
+    """Returns an estimate of a log and its limits, back from the log."""
+    return {name: np.exp(estimate.mean), "low": np.exp(estimate.low), "high": np.exp(estimate.high)}
+
+
+def _standard_deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else np.nan

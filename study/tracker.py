@@ -1,0 +1,83 @@
+"""MLflow runs of a study: one parent, and under it one run per cell; a copy to look at, which never stops a study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from study.cells import Cell, Result
+from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri, warn
+
+
+class StudyTracker:
+    """Logs cells under the study's run; logging one again changes nothing. A first failure is said and the last.
+
+    Args:
+        name: Of the study, shown in the UI.
+        run_id: The study's run, to go on with; None makes one.
+        params: What describes the study.
+
+    Attributes:
+        run_id: Of the study's run; None where MLflow cannot be had.
+    """
+
+    def __init__(self, name: str, run_id: str | None, params: dict[str, Any]) -> None:
+        self.run_id = run_id
+        self._is_lost = False
+        self._attempt(lambda: self._open(name, params))
+
+    def log(self, cell: Cell, result: Result) -> None:
+        """Logs a cell: configuration, validation error of every epoch, headline numbers."""
+        self._attempt(lambda: self._log(cell, result))
+
+    def finish(self, files: Iterable[Path]) -> None:
+        """Keeps the report's files with the study's run and ends it."""
+        self._attempt(lambda: self._finish(files))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._is_lost:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever MLflow and the layers below have to say; the CSVs have everything
+            self._is_lost = True
+            warn(f"MLflow has not all of this study ({first_line(error)}); its folder has everything")
+
+    def _open(self, name: str, params: dict[str, Any]) -> None:
+        self._uri = tracking_uri()
+        with lock_store(self._uri):
+            self._mlflow = open_client(self._uri)
+            self._experiment = find_experiment(self._mlflow, "dynamics-ensembles-studies")
+        if find_run(self._mlflow, self.run_id) is None:
+            self.run_id = self._mlflow.create_run(self._experiment, run_name=name).info.run_id
+            for key, value in params.items():
+                self._mlflow.log_param(self.run_id, key, str(value)[:500])
+
+    def _log(self, cell: Cell, result: Result) -> None:
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
+        with lock_store(self._uri):  # so that of two processes of a study one logs the cell
+            if self._mlflow.search_runs([self._experiment], children, max_results=1):
+                return
+            run = self._mlflow.create_run(
+                self._experiment,
+                start_time=now - int(1000 * result.record["outcome"]["seconds"]),
+                run_name=cell.name,
+                tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
+            )
+        params = [Param(name, str(value)) for name, value in cell.config.to_dict().items()]
+        metrics = [Metric(name, value, now, 0) for name, value in result.record["outcome"]["metrics"].items()]
+        if "training" in result.tables:
+            curve = result.tables["training"].groupby("step").val_mse.mean()
+            metrics += [Metric("val_mse/mean", value, now, step) for step, value in curve.items()]
+        self._mlflow.log_batch(run.info.run_id, metrics, params)
+        self._mlflow.set_terminated(run.info.run_id, "FINISHED" if result.failure is None else "FAILED")
+
+    def _finish(self, files: Iterable[Path]) -> None:
+        for path in files:
+            self._mlflow.log_artifact(self.run_id, str(path))
+        self._mlflow.set_terminated(self.run_id)

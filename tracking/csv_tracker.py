@@ -1,0 +1,133 @@
+"""The CSV of a run: the complete record of its numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracking.mlflow_store import (
+    warn,
+)
+from utils import InputError, atomic_write
+
+if TYPE_CHECKING:
+    pass
+from tracking.trackers import NullTracker, Row
+
+
+class CsvTracker(NullTracker):
+    """One line per epoch and member, on disk before the next epoch begins.
+
+    What stood at the path is replaced at the first epoch, so a run that ends earlier leaves it alone. Rows that could
+    not be written (a full disk) are kept and tried again with every epoch.
+
+    Args:
+        path: The file; its folder is made.
+        columns: The header. Every row has exactly these keys.
+        resume_epoch: Goes on with the file of an interrupted run: epochs before this one are kept, the others dropped.
+
+    Attributes:
+        kept_rows: The rows kept from the interrupted run, in order.
+
+    Raises:
+        InputError: If the file cannot be written, or is not one to go on with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], columns: Sequence[str], resume_epoch: int | None = None):
+        self._path = Path(path)
+        self._columns = list(columns)
+        self._check_writable()
+        self.kept_rows = [] if resume_epoch is None else self._read_epochs(resume_epoch)
+        header = dict(zip(self._columns, self._columns, strict=True))
+        self._unwritten = self._format([header, *self.kept_rows])
+        self._written_size: int | None = None  # bytes of whole lines on disk; None before the file is ours
+        self._error: OSError | None = None
+
+    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
+        """Appends the rows. A missing or unknown column is a ValueError."""
+        for row in rows:
+            if different := row.keys() ^ set(self._columns):
+                raise ValueError(f"CSV columns missing or unknown: {sorted(different)}; expected {self._columns}")
+        self._unwritten += self._format(rows)
+        self._write()
+
+    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+        """Writes what is left, so that the file is complete before it is kept as an artifact."""
+        self._write()
+
+    def close(self, failed: bool = False, interrupted: bool = False) -> None:
+        """Raises an OSError after a training that succeeded, if some rows still cannot be written."""
+        if self._error is not None:
+            self._write()
+        if self._error is not None and not failed:
+            raise OSError(f"the CSV {str(self._path)!r} lacks its last rows") from self._error
+
+    def _check_writable(self) -> None:
+        try:
+            if self._path.exists() and not self._path.is_file():
+                raise OSError("it is not a regular file")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._path.parent):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"the CSV {str(self._path)!r} cannot be written ({reason}); choose another path") from None
+
+    def _read_epochs(self, count: int) -> list[Row]:
+        """Returns the rows of the file's first epochs; a line that a kill cut short ends the file."""
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        except FileNotFoundError:
+            lines = [",".join(self._columns) + "\n"]
+        header, *body = [*csv.reader(line for line in lines if line.endswith("\n"))] or [[]]
+        if header != self._columns:
+            raise InputError(
+                f"cannot resume the CSV {str(self._path)!r}: its columns are {header}, this run's are {self._columns}; "
+                "give the interrupted run's own file, or start anew without --resume"
+            )
+        parse = {"step": int, "model_id": int}
+        try:
+            rows = [
+                {name: parse.get(name, float)(cell) if cell else None for name, cell in zip(header, cells, strict=True)}
+                for cells in body
+            ]
+        except ValueError as error:
+            raise InputError(
+                f"cannot resume the CSV {str(self._path)!r}: it is damaged ({error}); start anew without --resume"
+            ) from None
+        epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
+        if len(epochs) < count:
+            warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
+        return list(itertools.chain.from_iterable(epochs))
+
+    def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)  # floats as repr: they round-trip
+        return text.getvalue().encode()
+
+    def _write(self) -> None:
+        try:
+            if self._written_size is None:
+                with atomic_write(self._path) as file:
+                    file.write(self._unwritten)
+                self._written_size = 0
+            else:
+                with self._path.open("r+b") as file:
+                    file.seek(self._written_size)  # over what a write that failed half-way has left
+                    file.write(self._unwritten)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            if self._error is None:
+                warn(f"the CSV {str(self._path)!r} cannot be written ({error}); its rows are kept and tried again")
+            self._error = error
+        else:
+            self._written_size += len(self._unwritten)
+            self._unwritten = b""
+            self._error = None

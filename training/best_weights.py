@@ -1,0 +1,79 @@
+"""Each member's weights at its lowest validation error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dynamics_model import DynamicsNetwork
+
+
+class BestWeights:
+    """Each member's weights at its lowest validation error, and how long that has been.
+
+    A member whose patience has ended keeps its best weights, whatever later epochs bring.
+
+    Args:
+        network: The network whose weights are watched.
+        patience: Epochs without improvement after which a member stops; None never stops one.
+
+    Attributes:
+        scores: Lowest validation error of each member, infinite before the first.
+        epochs_since_best: Epochs since then, per member.
+    """
+
+    def __init__(self, network: DynamicsNetwork, patience: int | None) -> None:
+        self.patience = patience
+        self.scores = [math.inf] * network.ensemble_size
+        self.epochs_since_best = [0] * network.ensemble_size
+        self._weights = [parameter.detach().clone() for parameter in network.parameters()]
+
+    @property
+    def stopped(self) -> list[bool]:
+        """Whether each member's patience has ended."""
+        return [self.patience is not None and epochs >= self.patience for epochs in self.epochs_since_best]
+
+    def update(self, network: DynamicsNetwork, scores: Sequence[float]) -> None:
+        """Keeps the weights of the members that have just improved.
+
+        Args:
+            network: Holds the weights that were scored.
+            scores: Validation error of each member; a NaN is no improvement.
+        """
+        improved = [
+            score < best and not stopped for score, best, stopped in zip(scores, self.scores, self.stopped, strict=True)
+        ]
+        for member, (score, better) in enumerate(zip(scores, improved, strict=True)):
+            self.scores[member] = score if better else self.scores[member]
+            self.epochs_since_best[member] = 0 if better else self.epochs_since_best[member] + 1
+        mask = torch.tensor(improved, device=self._weights[0].device).view(-1, 1, 1)
+        for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+            kept.copy_(torch.where(mask, parameter.detach(), kept))
+
+    def restore(self, network: DynamicsNetwork) -> None:
+        """Gives every member its best weights back.
+
+        Raises:
+            FloatingPointError: If a member never had a finite validation error.
+        """
+        for member, score in enumerate(self.scores):
+            if not math.isfinite(score):
+                raise FloatingPointError(
+                    f"member {member} diverged: it never had a finite validation error; lower fit_lr or set grad_clip"
+                )
+        with torch.no_grad():
+            for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+                parameter.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs to go on."""
+        return {"scores": self.scores, "epochs_since_best": self.epochs_since_best, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.scores, self.epochs_since_best = list(state["scores"]), list(state["epochs_since_best"])
+        for kept, saved in zip(self._weights, state["weights"], strict=True):
+            kept.copy_(saved)
