@@ -30,6 +30,8 @@ class LearnConfig:
     # --- Model ---
     # Kind of ensemble: Gaussian members trained on their likelihood, or point predictions trained on squared error.
     probabilistic: bool = False
+    # The kind by its name (KINDS in dynamics_model.py has them all); null leaves the choice to `probabilistic`.
+    kind: str | None = None
     # Members, all trained at once; each has its own initialisation and order of minibatches.
     ensemble_size: int = 7
     # Units of each hidden layer; as many layers as numbers, [] for a linear model.
@@ -129,9 +131,15 @@ class LearnConfig:
             self.num_elites,
             f"at most ensemble_size ({self.ensemble_size})",
         )
-        _require(self.probabilistic or self.beta_nll == 0, "beta_nll", self.beta_nll, "0 for a deterministic ensemble")
+        agrees = self.kind in (None, "probabilistic") or not self.probabilistic
+        _require(agrees, "kind", self.kind, "null or probabilistic, as `probabilistic` is true")
         needed = self.beta_nll_decay == 0 or self.beta_nll > 0
         _require(needed, "beta_nll_decay", self.beta_nll_decay, "0 where beta_nll is 0: there is nothing to decay")
+
+    @property
+    def kind_of_ensemble(self) -> str:
+        """Name of the kind of ensemble."""
+        return self.kind or ("probabilistic" if self.probabilistic else "deterministic")
 
     @property
     def layer_decays(self) -> tuple[float, ...]:
@@ -240,6 +248,10 @@ def _coerce(value: Any, wanted: Any) -> Any:
         if str(value).lower() not in named:
             raise ValueError
         return named[str(value).lower()]
+    if wanted is str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
     if wanted is type(None) or isinstance(value, bool) or value is None:
         raise TypeError
     number = float(value)
@@ -261,4 +273,4 @@ def _describe(wanted: Any) -> str:
         return "one of " + ", ".join(arguments)
     if origin is tuple:
         return f"a list, each {_describe(arguments[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}[wanted]
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a name", type(None): "null"}[wanted]

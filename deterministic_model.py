@@ -1,36 +1,67 @@
-"""Deterministic members: a point prediction of the next state, trained on squared error."""
+"""Deterministic ensembles: members predict the next state as a point, trained on squared error."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from dynamics_model import Array, DynamicsModel, DynamicsNetwork, NormalisedRows
+from dynamics_model import Array, DynamicsEnsemble, DynamicsModel
 
 
-class DeterministicNetwork(DynamicsNetwork):
-    """Networks with one head: the predicted change."""
+class DeterministicEnsemble(DynamicsEnsemble):
+    """Members with one head, the predicted change.
 
+    A point has neither variance nor likelihood. Where a distribution is needed, the variance of a member's residuals
+    completes it to a Gaussian.
+    """
+
+    kind: ClassVar[str] = "deterministic"
     heads: ClassVar[int] = 1
+    loss_name: ClassVar[str] = "mse_loss"
+    disagreements: ClassVar[tuple[str, ...]] = ("max_pairwise", "ensemble_std", "total_std")
 
     def interpret(self, outputs: Tensor) -> tuple[Tensor, None]:
         """The outputs are the mean; there is no variance."""
         return outputs, None
 
-    def losses(self, rows: NormalisedRows, progress: float = 0.0) -> tuple[Tensor, Tensor]:
+    def losses(self, inputs: Tensor, targets: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean squared error per member, ``(ensemble,)``, all through training; also the reported loss."""
-        mean, _ = self.normalised(rows.inputs)
-        loss = (mean - rows.targets).square().mean(dim=(1, 2))
+        mean, _ = self.predict_change(inputs)
+        loss = (mean - targets).square().mean(dim=(1, 2))
         return loss, loss.detach()
+
+    def score_terms(self, targets: Tensor, mean: Tensor, log_variance: None) -> dict[str, Tensor]:
+        """Squared error of each value ``(...)``, normalised units."""
+        return {"mse": (mean - targets).square()}
+
+    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """A point is its own draw."""
+        return torch.zeros(tuple(shape))
+
+    def completion(self, residual_variances: Callable[[], Any]) -> Any:
+        """Members' mean squared errors stand for the variances that they do not predict."""
+        return residual_variances()
+
+    def draws_per_member(self, wanted: int) -> int:
+        """One: all draws from a member are equal."""
+        return 1
+
+    def _predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, None]:
+        mean, _ = self.predict_change(self.normalise_inputs(states, actions))
+        return self._next_states(states, mean), None
+
+    def _moments_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        mean, _ = self._predict_each(states, actions)
+        return mean, torch.zeros_like(mean)
 
 
 class DeterministicModel(DynamicsModel):
     """A member that predicts a point."""
 
-    network_class: ClassVar[type[DynamicsNetwork]] = DeterministicNetwork
-    kind: ClassVar[str] = "deterministic"
-    loss_name: ClassVar[str] = "mse_loss"
+    ensemble_class: ClassVar[type[DynamicsEnsemble]] = DeterministicEnsemble
 
     def forward(self, states: Array, actions: Array) -> Tensor:
         """Predicts the next state ``(..., state_dim)``, raw units."""

@@ -3,8 +3,8 @@
     python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
 
 ends with ``model.pkl`` (a list of members and their metadata, which planners load), a folder in ``logs/`` and a run to
-look at in ``mlflow ui --port 5000``. ``main`` builds every object and passes it on; ``train_ensemble`` is the one
-training loop.
+look at in ``mlflow ui --port 5000``. ``learn`` builds every object and passes it on; ``training/loop.py`` is the one
+training loop, which it takes through its epochs.
 """
 
 from __future__ import annotations
@@ -13,40 +13,45 @@ import argparse
 import dataclasses
 import pickle
 import re
-import shlex
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import CommandLine, choose_device, exit_on_input_error, interruptible
+from cli import CommandLine, check_output_file, choose_device, exit_on_input_error, interruptible
 from config import LearnConfig, load_config
-from utils import InputError, Origin, atomic_write
+from utils import ROOT, InputError, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     from data.trajectories import Dataset, Split
     from dynamics_model import DynamicsEnsemble
     from tracking.run_folder import RunFolder
-    from tracking.trackers import NullTracker
+    from tracking.trackers import Tracker
 
 LOGS = Path("logs")
-_TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
+TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command: everything a user can get wrong is checked before training, and before the run is written."""
     args = parse_arguments(argv)
     try:
-        with interruptible() as raise_if_interrupted:
-            return learn(args, raise_if_interrupted)
+        with interruptible() as signals:
+            return learn(args, signals)
     except KeyboardInterrupt:
         print("interrupted before training began", file=sys.stderr)
         return 130
 
 
-def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) -> int:
-    """Checks, trains and saves; returns the exit code."""
+def learn(args: argparse.Namespace, signals: list[int]) -> int:
+    """Checks, trains and saves.
+
+    Args:
+        args: The command line.
+        signals: Those to stop that have been received.
+
+    Returns:
+        The exit code.
+    """
     with exit_on_input_error():
         config = load_config(args.config, args.params)
         if args.seed is not None:
@@ -59,10 +64,10 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
 
         from data.sources import load_dataset
         from data.trajectories import check_shares, gather_transitions, holdout_rows, split_trajectories
-        from training.build import build_ensemble
-        from training.loop import train_ensemble
-        from training.scores import rank_elites, score_members, summarise
+        from training.batches import normalise_rows
+        from training.build import build_ensemble, find_kind
 
+        find_kind(config)
         check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio)
         dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
         split = split_trajectories(
@@ -78,29 +83,37 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
         checkpoint = run.load_checkpoint(device)
         tracker = open_trackers(args, dataset, ensemble, run, checkpoint)
 
-    def save_checkpoint(state: dict[str, Any]) -> None:
-        run.save_checkpoint(state)
-        raise_if_interrupted()
+    from reporting.learning_curves import plot_learning_curves
+    from tracking.run_folder import RunOutcome
+    from tracking.trackers import Summary
+    from training.loop import train_ensemble
+    from training.scores import mean_scores, metric_rows, rank_elites, score_members
 
     try:
         with tracker:
-            train = ensemble.normalise(transitions)
-            holdout = ensemble.normalise(gather_transitions(dataset, split.holdout)) if holds_out else None
+            train = normalise_rows(ensemble, transitions)
+            holdout = normalise_rows(ensemble, gather_transitions(dataset, split.holdout)) if holds_out else None
             if holds_out:
                 ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
             if not args.quiet:
                 print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
-            train_ensemble(ensemble, config, train, holdout, tracker, args.track_training, checkpoint, save_checkpoint)
+            score_every = 1 if args.track_training else TRAIN_SCORE_EVERY
+            for epoch in train_ensemble(
+                ensemble, config, train, holdout, score_every=score_every, checkpoint=checkpoint
+            ):
+                tracker.log_epoch(epoch.index, metric_rows(ensemble, config, epoch))
+                run.save_checkpoint(epoch.checkpoint())
+                if signals:
+                    raise KeyboardInterrupt
+
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
-            metadata = build_metadata(config, dataset, split, scores, elites, run)
+            metadata = build_metadata(config, ensemble.kind, dataset, split, scores, elites, run)
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
-
-            from reporting.learning_curves import plot_learning_curves
-
             curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
-            tracker.finish(summarise(scores, elites), [run.config_yaml, run.metrics_csv, curves, args.output])
+            summary = Summary(mean_scores(scores), members=scores, elites=elites)
+            tracker.finish(summary, [run.config_yaml, run.metrics_csv, curves, args.output])
     except FloatingPointError as error:
         print(f"error: {error}; its metrics are in {run.metrics_csv}", file=sys.stderr)
         return 1
@@ -110,7 +123,7 @@ def learn(args: argparse.Namespace, raise_if_interrupted: Callable[[], None]) ->
     except KeyboardInterrupt:
         print(f"interrupted; go on with the same command and --resume --run_name {run.name}", file=sys.stderr)
         return 130
-    run.finish({"output": str(args.output), "scores": scores, "elites": elites})
+    run.finish(RunOutcome(str(args.output), scores, elites))
     if not args.quiet:
         print(results_table(scores, elites, args.output, run))
     return 0
@@ -170,7 +183,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--track_training",
         action="store_true",
         help="score the training rows after every epoch; without it, which saves up to a third of the time, train_mse "
-        f"is measured after the first, every {_TRAIN_SCORE_EVERY}th and the last epoch only",
+        f"is measured after the first, every {TRAIN_SCORE_EVERY}th and the last epoch only",
     )
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write metrics here rather than to the run's folder")
     parser.add_argument("--run_name", metavar="NAME", help="name of the run in logs/ and MLflow (default: made up)")
@@ -202,59 +215,44 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Checks that what the run will write can be written where it was asked for, without writing it.
 
     Raises:
-        InputError: If a path is no file, is that of another flag, or its nearest existing folder takes no file, or if
-            the run's name is no plain name.
+        InputError: If it cannot, a path is that of another flag, or the run's name is no plain name.
     """
     if args.run_name is not None and not re.fullmatch(r"[\w-][\w.+-]*", args.run_name):
         raise InputError(
             f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
         )
-    written = {"--output": args.output, "--csv": args.csv, "--dataset_path": args.dataset_path}
-    bundled = Path(__file__).resolve().parent / "data" / "bundled" / f"{args.dataset}.hdf5"
+    bundled = ROOT / "data" / "bundled" / f"{args.dataset}.hdf5"
     taken = {bundled: "--dataset", Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
-    for flag, path in written.items():
+    for flag, path in (("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)):
         if path is None:
             continue
-        if path.exists() and not path.is_file():
-            raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
+        check_output_file(path, flag)
         other = taken.setdefault(path.resolve(), flag)
         if other != flag:
             raise InputError(
                 f"{flag} {str(path)!r} is the file of {other}, which it would overwrite; give another path"
             )
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            reason = f"{existing}: {error.strerror}"
-            raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
-
-
-# --- Building what is trained ---
 
 
 def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:
     """Finds the run to resume, or makes a new one."""
-    from tracking.run_folder import RunFolder, unique_name
+    from tracking.run_folder import RunFolder, RunOrigin, RunRequest, unique_name
 
-    request = {
-        "dataset": dataset.name,
-        "sha256": dataset.sha256,
-        "holdout_ratio": args.holdout_ratio,
-        "holdout_samples": args.holdout_samples,
-        "test_ratio": args.test_ratio,
-        "track_training": args.track_training,
-        "config": config.to_dict(),
-    }
-    run = RunFolder.find_unfinished(LOGS, args.run_name, request) if args.resume else None
+    request = RunRequest(
+        dataset=dataset.name,
+        sha256=dataset.sha256,
+        holdout_ratio=args.holdout_ratio,
+        holdout_samples=args.holdout_samples,
+        test_ratio=args.test_ratio,
+        track_training=args.track_training,
+        config=config.to_dict(),
+    )
+    run = None
+    if args.resume:
+        run = RunFolder.find_unfinished(LOGS, args.run_name, request, defaults=LearnConfig().to_dict())
     if run is None:
         stem = f"{Path(dataset.name).stem}-{args.config.stem}-s{config.seed}"
-        origin = {
-            "command": shlex.join(sys.argv),
-            **dataclasses.asdict(Origin.here()),
-        }
-        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, origin, args.csv)
+        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, RunOrigin.here(), args.csv)
     elif args.csv is not None and args.csv.resolve() != run.metrics_csv.resolve():
         raise InputError(f"run {run.name!r} has its metrics in {run.metrics_csv}, not in {args.csv}; leave --csv out")
     run.hold(config.to_yaml())
@@ -267,29 +265,25 @@ def open_trackers(
     ensemble: DynamicsEnsemble,
     run: RunFolder,
     checkpoint: dict[str, Any] | None,
-) -> NullTracker:
+) -> Tracker:
     """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
     from tracking.csv_tracker import CsvTracker
-    from tracking.mlflow_tracker import MlflowTracker
+    from tracking.mlflow_tracker import DatasetInfo, MlflowTracker
     from tracking.trackers import ProgressTracker, Trackers
     from training.scores import metric_columns
 
-    request = run.record["request"]
-    config = request["config"]
+    request = run.record.request
     epochs = None if checkpoint is None else checkpoint["epochs"]
     try:
         csv_tracker = CsvTracker(run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
         mlflow_tracker = MlflowTracker(
             run_name=run.name,
-            params=config | {name: request[name] for name in ("holdout_ratio", "holdout_samples", "test_ratio")},
-            dataset={
-                "name": dataset.name,
-                "sha256": dataset.sha256,
-                "rows": dataset.num_rows,
-                "trajectories": len(dataset.trajectories),
-            },
+            params=request.config
+            | {name: getattr(request, name) for name in ("holdout_ratio", "holdout_samples", "test_ratio")},
+            tags={"kind": ensemble.kind},
+            dataset=DatasetInfo(dataset.name, dataset.sha256, dataset.num_rows, len(dataset.trajectories)),
             ensemble_size=len(ensemble),
-            resume_run_id=run.record["mlflow_run_id"],
+            resume_run_id=run.record.mlflow_run_id,
             resume_rows=csv_tracker.kept_rows,
         )
     except InputError:
@@ -297,7 +291,8 @@ def open_trackers(
             run.discard()
         raise
     run.update(mlflow_run_id=mlflow_tracker.run_id)
-    return Trackers([csv_tracker, mlflow_tracker, ProgressTracker(config["fit_epochs"], epochs or 0, args.quiet)])
+    progress = ProgressTracker(request.config["fit_epochs"], epochs or 0, args.quiet)
+    return Trackers([csv_tracker, mlflow_tracker, progress])
 
 
 # --- Results ---
@@ -305,6 +300,7 @@ def open_trackers(
 
 def build_metadata(
     config: LearnConfig,
+    kind: str,
     dataset: Dataset,
     split: Split,
     scores: list[dict[str, float | None]],
@@ -316,7 +312,7 @@ def build_metadata(
 
     return {
         "format_version": FORMAT_VERSION,
-        "kind": "probabilistic" if config.probabilistic else "deterministic",
+        "kind": kind,
         "config": config.to_dict(),
         "dataset": {
             "name": dataset.name,
@@ -330,9 +326,9 @@ def build_metadata(
         "elites": elites,
         "seed": config.seed,
         "run_name": run.name,
-        "mlflow_run_id": run.record["mlflow_run_id"],
-        "git_commit": run.record["origin"]["git_commit"],
-        "versions": run.record["origin"]["versions"],
+        "mlflow_run_id": run.record.mlflow_run_id,
+        "git_commit": run.record.origin.git_commit,
+        "versions": run.record.origin.versions,
     }
 
 
@@ -342,8 +338,7 @@ def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, dev
 
     rounded = reduced_epochs(config, device.startswith("cuda"))
     precision = f" (products rounded in {rounded} of {config.fit_epochs} epochs)" if rounded else ""
-    kind = "probabilistic" if config.probabilistic else "deterministic"
-    widths = "x".join(map(str, config.hidden_size))
+    kind, widths = config.kind_of_ensemble, "x".join(map(str, config.hidden_size))
     return (
         f"{dataset.name}: {rows} training rows of {len(split.train)} trajectories, {len(split.holdout)} held out\n"
         f"{config.ensemble_size} {kind} members, layers {widths}, on {device}{precision}; run {run.name}"

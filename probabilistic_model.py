@@ -1,4 +1,4 @@
-"""Probabilistic members: a Gaussian over the next state, trained on its negative log-likelihood.
+"""Probabilistic ensembles: members predict a Gaussian over the next state, trained on its negative log-likelihood.
 
 The loss is that of PETS (Chua et al. 2018, appendix A.1): ``mean((mu - y)^2 / var + logvar)`` with the log-variance
 soft-clamped between bounds that are learned, and ``0.01 * (sum(max_logvar) - sum(min_logvar))`` that draws the bounds
@@ -11,38 +11,41 @@ first and training ends on the plain likelihood, which alone is calibrated.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamics_model import Architecture, Array, DynamicsModel, DynamicsNetwork, Normalisation, NormalisedRows
+from dynamics_model import Architecture, Array, DynamicsEnsemble, DynamicsModel, Normalisation
 
 _INITIAL_MAX_LOGVAR = 0.5
 _INITIAL_MIN_LOGVAR = -10.0
 _BOUNDS_WEIGHT = 0.01
+_NEAR_BOUND = 0.1  # nats between a log-variance and the bound that it counts as being at
 
 
-class ProbabilisticNetwork(DynamicsNetwork):
-    """Networks with two heads: mean and log-variance of the change.
+class ProbabilisticEnsemble(DynamicsEnsemble):
+    """Members with two heads: mean and log-variance of the change.
 
     Attributes:
         max_logvar: Upper bound of the log-variance, ``(ensemble, 1, learned_dim)``, learned, normalised units.
         min_logvar: Lower bound of the same.
     """
 
+    kind: ClassVar[str] = "probabilistic"
     heads: ClassVar[int] = 2
+    loss_name: ClassVar[str] = "gauss_loss"
 
     def __init__(
         self,
         architecture: Architecture,
         normalisation: Normalisation,
         ensemble_size: int = 1,
-        generator: torch.Generator | None = None,
-        reward_generator: torch.Generator | None = None,
+        *streams: Any,
+        seed: int = 0,
     ) -> None:
-        super().__init__(architecture, normalisation, ensemble_size, generator, reward_generator)
+        super().__init__(architecture, normalisation, ensemble_size, *streams, seed=seed)
         self.max_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MAX_LOGVAR))
         self.min_logvar = nn.Parameter(torch.full((ensemble_size, 1, self.learned_dim), _INITIAL_MIN_LOGVAR))
 
@@ -53,29 +56,40 @@ class ProbabilisticNetwork(DynamicsNetwork):
         log_variance = self.min_logvar + functional.softplus(log_variance - self.min_logvar)
         return mean, log_variance
 
-    def losses(self, rows: NormalisedRows, progress: float = 0.0) -> tuple[Tensor, Tensor]:
+    def losses(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        progress: float = 0.0,
+        *,
+        beta_nll: float = 0.0,
+        beta_nll_decay: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
         """(beta-)NLL with the regulariser of the bounds per member, and the plain NLL to report, ``(ensemble,)``."""
-        mean, log_variance = self.normalised(rows.inputs)
-        terms = (mean - rows.targets).square() * (-log_variance).exp() + log_variance
+        mean, log_variance = self.predict_change(inputs)
+        terms = (mean - targets).square() * (-log_variance).exp() + log_variance
         reported = terms.detach().mean(dim=(1, 2))
         bounds = self.max_logvar - self.min_logvar
-        beta = self._beta(progress)
+        beta = beta_nll if beta_nll_decay == 0 else beta_nll * max(0.0, 1 - progress / beta_nll_decay)
         if beta > 0:
             weight = (beta * log_variance.detach()).exp()
             terms, bounds = terms * weight, bounds * weight.mean(dim=1, keepdim=True)
         return terms.mean(dim=(1, 2)) + _BOUNDS_WEIGHT * bounds.sum(dim=(1, 2)), reported
 
-    def _beta(self, progress: float) -> float:
-        beta, decay = self.architecture.beta_nll, self.architecture.beta_nll_decay
-        return beta if decay == 0 else beta * max(0.0, 1 - progress / decay)
+    @torch.no_grad()
+    def share_at_bounds(self, variance: Tensor) -> dict[str, Tensor]:
+        """Shares of log-variances that are within 0.1 nats of their bounds, ``(learned_dim,)`` each."""
+        log_variance = variance.log()
+        return {
+            "at_max": (log_variance > self.max_logvar.to(log_variance) - _NEAR_BOUND).double().mean(dim=(0, 1)),
+            "at_min": (log_variance < self.min_logvar.to(log_variance) + _NEAR_BOUND).double().mean(dim=(0, 1)),
+        }
 
 
 class ProbabilisticModel(DynamicsModel):
     """A member that predicts a Gaussian."""
 
-    network_class: ClassVar[type[DynamicsNetwork]] = ProbabilisticNetwork
-    kind: ClassVar[str] = "probabilistic"
-    loss_name: ClassVar[str] = "gauss_loss"
+    ensemble_class: ClassVar[type[DynamicsEnsemble]] = ProbabilisticEnsemble
 
     def forward(self, states: Array, actions: Array) -> tuple[Tensor, Tensor]:
         """Predicts mean and variance of the next state, both ``(..., state_dim)``, raw units (squared)."""

@@ -1,11 +1,51 @@
-"""Minibatches: which rows each member sees, and in which order."""
+"""The rows that networks train on: normalised once, and in which order each member sees them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from dynamics_model import random_stream
+from data.trajectories import Transitions
+from dynamics_model import DynamicsEnsemble, Normalisation, random_stream
+from utils import InputError
+
+
+class NormalisedRows(NamedTuple):
+    """Transitions in normalised units."""
+
+    inputs: Tensor  # (rows, state_dim + action_dim)
+    targets: Tensor  # (rows, learned_dim)
+    rewards: Tensor | None  # (rows, 1); None where no reward is learned
+
+    def select(self, rows: Tensor) -> NormalisedRows:
+        """Gathers ``(ensemble, batch)`` row indices in one read: ``(ensemble, batch, ...)``."""
+        flat = rows.reshape(-1)
+        return NormalisedRows(*(part if part is None else part[flat].view(*rows.shape, -1) for part in self))
+
+    def chunks(self, size: int) -> Iterator[NormalisedRows]:
+        """Yields every row once, ``size`` at a time, the last chunk holding what is left."""
+        for start in range(0, len(self.inputs), size):
+            yield NormalisedRows(*(part if part is None else part[start : start + size] for part in self))
+
+
+def normalise_rows(ensemble: DynamicsEnsemble, transitions: Transitions) -> NormalisedRows:
+    """Brings transitions to an ensemble's normalised units once, on its device, for training and scoring."""
+    states, actions, next_states = transitions.states, transitions.actions, transitions.next_states
+    learned = ensemble.learned.cpu().numpy()
+    shift, scale = (getattr(ensemble, name).cpu().double().numpy()[learned] for name in ("delta_shift", "delta_scale"))
+    targets = np.empty((len(states), len(learned)), dtype=np.float32)
+    for rows in _row_chunks(len(states)):
+        targets[rows] = (_change(states[rows], next_states[rows])[:, learned] - shift) / scale
+    inputs = ensemble.normalise_inputs(*(torch.as_tensor(part, device=ensemble.device) for part in (states, actions)))
+    rewards = None
+    if ensemble.reward is not None:
+        rewards = torch.as_tensor(transitions.rewards, device=ensemble.device).view(-1, 1)
+        rewards = (rewards - ensemble.reward_shift) / ensemble.reward_scale
+    return NormalisedRows(inputs, torch.as_tensor(targets, device=ensemble.device), rewards)
 
 
 def draw_bootstrap(seed: int, ensemble_size: int, rows: int) -> Tensor:
@@ -18,3 +58,59 @@ def draw_order(seed: int, ensemble_size: int, rows: int, epoch: int) -> Tensor:
     """Draws the order in which each member sees its rows in one epoch: ``(ensemble, rows)``, a permutation each."""
     streams = (random_stream(seed, member, "order", epoch) for member in range(ensemble_size))
     return torch.stack([torch.randperm(rows, generator=stream) for stream in streams])
+
+
+# --- Statistics of training rows, in float64 and by chunks, so that no float64 copy of a dataset exists ---
+
+
+def measure_normalisation(transitions: Transitions) -> Normalisation:
+    """Measures shifts (means) and scales (mean absolute deviations) of training rows, raw units.
+
+    Raises:
+        InputError: If every state dimension changes by a constant, so that there is nothing to learn.
+    """
+    states, actions, next_states = transitions.states, transitions.actions, transitions.next_states
+    rows = len(states)
+    state_shift, state_scale = _shift_and_scale(lambda chunk: states[chunk], rows)
+    action_shift, action_scale = _shift_and_scale(lambda chunk: actions[chunk], rows)
+    delta_shift, delta_scale = _shift_and_scale(lambda chunk: _change(states[chunk], next_states[chunk]), rows)
+    reward_shift, reward_scale = _shift_and_scale(lambda chunk: transitions.rewards[chunk, None], rows)
+    if not delta_scale.any():
+        raise InputError(
+            "every state dimension changes by a constant in the training rows: nothing to learn; give a dataset in "
+            "which states move"
+        )
+    input_scale = np.concatenate([state_scale, action_scale])
+    return Normalisation(
+        input_shift=_float32(np.concatenate([state_shift, action_shift])),
+        input_scale=_float32(np.where(input_scale > 0, input_scale, 1.0)),
+        delta_shift=_float32(delta_shift),
+        delta_scale=_float32(delta_scale),
+        reward_shift=_float32(reward_shift),
+        reward_scale=_float32(np.where(reward_scale > 0, reward_scale, 1.0)),
+    )
+
+
+def _row_chunks(rows: int, size: int = 65536) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _change(states: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+    return next_states.astype(np.float64) - states
+
+
+def _shift_and_scale(values_of: Callable[[slice], np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and mean absolute deviation per column; the deviation is exactly 0 where all values are equal."""
+    first = values_of(slice(0, 1)).astype(np.float64)[0]
+    total, varies = 0.0, False
+    for chunk in _row_chunks(rows):
+        values = values_of(chunk).astype(np.float64)
+        total = total + values.sum(axis=0)
+        varies = varies | (values != first).any(axis=0)
+    mean = np.where(varies, total / rows, first)
+    deviation = sum(np.abs(values_of(chunk).astype(np.float64) - mean).sum(axis=0) for chunk in _row_chunks(rows))
+    return mean, deviation / rows
+
+
+def _float32(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dynamics_model import DynamicsNetwork
+from dynamics_model import DynamicsEnsemble
 
 
 class BestWeights:
@@ -17,7 +17,7 @@ class BestWeights:
     A member whose patience has ended keeps its best weights, whatever later epochs bring.
 
     Args:
-        network: The network whose weights are watched.
+        ensemble: Whose weights are watched.
         patience: Epochs without improvement after which a member stops; None never stops one.
 
     Attributes:
@@ -25,22 +25,22 @@ class BestWeights:
         epochs_since_best: Epochs since then, per member.
     """
 
-    def __init__(self, network: DynamicsNetwork, patience: int | None) -> None:
+    def __init__(self, ensemble: DynamicsEnsemble, patience: int | None) -> None:
         self.patience = patience
-        self.scores = [math.inf] * network.ensemble_size
-        self.epochs_since_best = [0] * network.ensemble_size
-        self._weights = [parameter.detach().clone() for parameter in network.parameters()]
+        self.scores = [math.inf] * len(ensemble)
+        self.epochs_since_best = [0] * len(ensemble)
+        self._weights = [parameter.detach().clone() for parameter in ensemble.parameters()]
 
     @property
     def stopped(self) -> list[bool]:
         """Whether each member's patience has ended."""
         return [self.patience is not None and epochs >= self.patience for epochs in self.epochs_since_best]
 
-    def update(self, network: DynamicsNetwork, scores: Sequence[float]) -> None:
+    def update(self, ensemble: DynamicsEnsemble, scores: Sequence[float]) -> None:
         """Keeps the weights of the members that have just improved.
 
         Args:
-            network: Holds the weights that were scored.
+            ensemble: Holds the weights that were scored.
             scores: Validation error of each member; a NaN is no improvement.
         """
         improved = [
@@ -50,10 +50,10 @@ class BestWeights:
             self.scores[member] = score if better else self.scores[member]
             self.epochs_since_best[member] = 0 if better else self.epochs_since_best[member] + 1
         mask = torch.tensor(improved, device=self._weights[0].device).view(-1, 1, 1)
-        for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+        for kept, parameter in zip(self._weights, ensemble.parameters(), strict=True):
             kept.copy_(torch.where(mask, parameter.detach(), kept))
 
-    def restore(self, network: DynamicsNetwork) -> None:
+    def restore(self, ensemble: DynamicsEnsemble) -> None:
         """Gives every member its best weights back.
 
         Raises:
@@ -65,7 +65,7 @@ class BestWeights:
                     f"member {member} diverged: it never had a finite validation error; lower fit_lr or set grad_clip"
                 )
         with torch.no_grad():
-            for kept, parameter in zip(self._weights, network.parameters(), strict=True):
+            for kept, parameter in zip(self._weights, ensemble.parameters(), strict=True):
                 parameter.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 from config import LearnConfig
-from utils import InputError
+from data.trajectories import Transitions
+from dynamics_model import (
+    KINDS,
+    Architecture,
+    DynamicsEnsemble,
+    DynamicsModel,
+    member_class,
+    random_stream,
+)
+from training.batches import measure_normalisation
+from utils import InputError, did_you_mean
 
-if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from data.trajectories import Transitions
-    from dynamics_model import DynamicsEnsemble
+
+def find_kind(config: LearnConfig) -> type[DynamicsModel]:
+    """Returns the class of the members that a configuration asks for.
+
+    Raises:
+        InputError: If there is no such kind, or a setting belongs to the loss of another one.
+    """
+    kind = config.kind_of_ensemble
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    own = loss_settings(member_class(kind).ensemble_class, config)
+    defaults = LearnConfig()
+    for other in KINDS:
+        for name, value in loss_settings(member_class(other).ensemble_class, config).items():
+            if name not in own and value != (default := getattr(defaults, name)):
+                raise InputError(f"{name} is {value!r}; expected {default:g} for a {kind} ensemble")
+    return member_class(kind)
+
+
+def loss_settings(ensemble_class: type[DynamicsEnsemble], config: LearnConfig) -> dict[str, Any]:
+    """Returns the settings that a kind's loss takes: its keyword-only arguments bear their names."""
+    parameters = inspect.signature(ensemble_class.losses).parameters.values()
+    return {each.name: getattr(config, each.name) for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEnsemble:
     """Builds the members, each from its own stream, with the normalisation of the training rows, and stacks them.
 
     Raises:
-        InputError: If there is nothing to learn in the training rows.
+        InputError: If the kind is unknown, the ensemble is too large, or there is nothing to learn in the rows.
     """
-    from deterministic_model import DeterministicModel
-    from dynamics_model import Architecture, DynamicsEnsemble, Normalisation, random_stream
-    from probabilistic_model import ProbabilisticModel
-
     architecture = Architecture(
         state_dim=transitions.states.shape[1],
         action_dim=transitions.actions.shape[1],
@@ -31,17 +58,12 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
         activation_fn=config.activation_fn,
         layer_norm=config.layer_norm,
         reward_hidden_size=config.reward_hidden_size if config.learn_reward else None,
-        beta_nll=config.beta_nll,
-        beta_nll_decay=config.beta_nll_decay,
     )
-    check_size(config, architecture.state_dim, architecture.action_dim)
-    try:
-        normalisation = Normalisation.from_transitions(transitions)
-    except ValueError as error:
-        raise InputError(f"{error}; give a dataset in which states move") from None
-    member_class = ProbabilisticModel if config.probabilistic else DeterministicModel
+    kind = find_kind(config)
+    check_size(config, architecture, kind.ensemble_class.heads)
+    normalisation = measure_normalisation(transitions)
     members = [
-        member_class(
+        kind(
             architecture,
             normalisation,
             random_stream(config.seed, member, "initialisation"),
@@ -49,16 +71,17 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
         )
         for member in range(config.ensemble_size)
     ]
-    return DynamicsEnsemble(members, config.seed)
+    return DynamicsEnsemble.from_members(members, config.seed)
 
 
-def check_size(config: LearnConfig, state_dim: int, action_dim: int) -> None:
+def check_size(config: LearnConfig, architecture: Architecture, heads: int) -> None:
     """Refuses an ensemble whose training cannot fit into this machine's memory, such as a typing error makes.
 
     Raises:
         InputError: If parameters, gradients, Adam's two moments, best weights and a checkpoint take more than there is.
     """
-    widths = [state_dim + action_dim, *config.hidden_size, (1 + config.probabilistic) * state_dim]
+    in_dim = architecture.state_dim + architecture.action_dim
+    widths = [in_dim, *architecture.hidden_size, heads * architecture.state_dim]
     weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
     needed = 4 * 6 * weights * config.ensemble_size  # bytes
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,49 +1,133 @@
-"""What the machine multiplies fastest with: rounded operands where the processor has instructions for them."""
+"""What this machine multiplies fastest with: which library, how members are shared by threads, and rounded operands.
+
+Nothing here changes what is learned beyond rounding. Models and planners do not need it; training passes it to them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from config import LearnConfig
-from dynamics_model import processor_says
+from dynamics_model import Linear, stacked_linear
 
-_CPU_PRODUCTS = getattr(torch.backends.mkldnn, "matmul", None)
-# Intel's AMX multiplies bfloat16 many times as fast as float32; AVX-512's instructions for it gain nothing here.
-MULTIPLIES_BFLOAT16 = _CPU_PRODUCTS is not None and processor_says("amx_bf16")
+# oneDNN multiplies one member's matrices at a time, which pays where none of their sides is shorter than this.
+_ONEDNN_SIDE = 160
+_CPU_PRECISION = getattr(torch.backends.mkldnn, "matmul", None)  # has the switch from PyTorch 2.9 on
+
+
+@dataclass(frozen=True)
+class Multiplication:
+    """How training multiplies.
+
+    Attributes:
+        linear: Multiplies inputs and weights of the members that take a step together.
+        members_apart_from: Multiply-adds of one member's forward pass from which on each thread steps members of its
+            own. Below, all members take each step together: Python runs one thread at a time, and calling PyTorch
+            takes longer than the products.
+    """
+
+    linear: Linear
+    members_apart_from: float
+
+
+def processor_says(word: str) -> bool:
+    """Whether a word, such as a maker or an instruction set, is in what the system says of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return word in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch has oneDNN's operator for linear layers."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def choose_multiplication() -> Multiplication:
+    """Returns oneDNN's products on AMD's processors, where MKL's take twice the time, and PyTorch's own elsewhere."""
+    if has_onednn() and processor_says("AMD"):
+        return Multiplication(onednn_linear, members_apart_from=2e7)
+    return Multiplication(stacked_linear, members_apart_from=8e7)
+
+
+# --- oneDNN ---
+
+
+def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Does what ``stacked_linear`` does, large products on CPUs by oneDNN; its first derivatives are known."""
+    if (
+        inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and min(*inputs.shape[1:], weight.shape[2]) >= _ONEDNN_SIDE
+    ):
+        return _OneDnnLinear.apply(inputs, weight, bias)
+    return stacked_linear(inputs, weight, bias)
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """The operator that ``torch.compile`` emits for linear layers on CPUs, member by member, with its derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        biases = [None] * len(weight) if bias is None else [own[0] for own in bias]
+        products = [
+            torch.ops.mkldnn._linear_pointwise.default(rows, matrix.mT, own, "none", [], "")
+            for rows, matrix, own in zip(inputs, weight, biases, strict=True)
+        ]
+        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            onednn_linear(gradient, weight.mT) if needs_inputs else None,
+            onednn_linear(inputs.mT, gradient) if needs_weight else None,
+            gradient.sum(dim=1, keepdim=True) if needs_bias else None,
+        )
+
+
+# --- Rounded operands ---
+
+
+def can_round(is_cuda: bool) -> bool:
+    """Whether products of rounded operands are faster here: bfloat16 with Intel's AMX, TF32 on GPUs from Ampere on.
+
+    AVX-512's instructions for bfloat16 gain nothing. The setting came with PyTorch 2.9.
+    """
+    if is_cuda:
+        return hasattr(torch.backends.cuda.matmul, "fp32_precision") and torch.cuda.get_device_capability() >= (8, 0)
+    return _CPU_PRECISION is not None and processor_says("amx_bf16")
 
 
 def reduced_epochs(config: LearnConfig, is_cuda: bool) -> int:
     """Returns for how many epochs, from the first, matrix products round their operands on this machine."""
-    can_round = MULTIPLIES_BFLOAT16
-    if is_cuda:  # TF32 came with Ampere, and the setting with PyTorch 2.9
-        has_setting = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-        can_round = has_setting and torch.cuda.get_device_capability() >= (8, 0)
-    return round(config.reduced_precision * config.fit_epochs) if can_round else 0
+    return round(config.reduced_precision * config.fit_epochs) if can_round(is_cuda) else 0
 
 
 @contextlib.contextmanager
-def product_precision(config: LearnConfig, epoch: int, is_cuda: bool) -> Iterator[None]:
-    """Lets matrix products of an epoch round their operands, where ``config.reduced_precision`` says so.
+def product_precision(is_rounded: bool, is_cuda: bool) -> Iterator[None]:
+    """Lets matrix products round their operands inside the block, or not; sums stay in float32.
 
-    Sums, weights, moments and everything but products stay in float32. Rounding adds noise (bfloat16: some 0.2 % of a
-    product), which hides behind that of minibatches until training is about to end: the smallest errors, on which the
-    likelihood of confident predictions depends, are learned in full precision. Mixed precision is Micikevicius et al.
-    2018, with bfloat16 Kalamkar et al. 2019; that training ends without it is ours.
-
-    Args:
-        config: Settings.
-        epoch: Which one, from 0.
-        is_cuda: Whether training is on a GPU.
+    Rounding adds noise (bfloat16: some 0.2 % of a product), which hides behind that of minibatches until training is
+    about to end. The smallest errors, on which the likelihood of confident predictions depends, must be learned in full
+    precision. Mixed precision is Micikevicius et al. 2018, with bfloat16 Kalamkar et al. 2019; that training ends
+    without it is ours.
     """
-    backend, rounded = (torch.backends.cuda.matmul, "tf32") if is_cuda else (_CPU_PRODUCTS, "bf16")
+    backend, rounded = (torch.backends.cuda.matmul, "tf32") if is_cuda else (_CPU_PRECISION, "bf16")
     if not hasattr(backend, "fp32_precision"):  # before PyTorch 2.9
         yield
         return
     before = backend.fp32_precision
-    backend.fp32_precision = rounded if epoch < reduced_epochs(config, is_cuda) else "ieee"
+    backend.fp32_precision = rounded if is_rounded else "ieee"
     try:
         yield
     finally:

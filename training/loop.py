@@ -1,61 +1,70 @@
-"""The training loop."""
+"""The training loop.
+
+    for epoch in train_ensemble(ensemble, config, train, holdout):
+        print(epoch.index, epoch.losses, epoch.holdout_scores["mse"])
+
+It yields what each epoch gave and decides nothing else: the caller logs, saves, and may stop by leaving the loop. How
+members are spread over threads is in ``member_threads.py``; what a kind of ensemble learns from is its own ``losses``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from config import LearnConfig
-
-if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from torch import Tensor
-
-    from dynamics_model import DynamicsEnsemble, NormalisedRows
-    from tracking.trackers import NullTracker
-    from training.member_threads import MemberGroup
-
-_TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
+from dynamics_model import DynamicsEnsemble
+from training.batches import NormalisedRows, draw_bootstrap, draw_order
+from training.best_weights import BestWeights
+from training.build import loss_settings
+from training.hardware import Multiplication, choose_multiplication, product_precision, reduced_epochs
+from training.member_threads import MemberGroup, MemberThreads
+from training.optimisation import build_optimizer, clip_gradients, learning_rate
+from training.scores import Epoch
 
 
 def train_ensemble(
     ensemble: DynamicsEnsemble,
     config: LearnConfig,
     train: NormalisedRows,
-    holdout: NormalisedRows | None,
-    tracker: NullTracker,
-    track_training: bool = False,
+    holdout: NormalisedRows | None = None,
+    *,
+    score_every: int | None = 50,
     checkpoint: dict[str, Any] | None = None,
-    save_checkpoint: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Trains all members at once, in place; with a holdout, each ends with its best weights.
+    optimizer: Callable[[DynamicsEnsemble, LearnConfig], torch.optim.Optimizer] = build_optimizer,
+    multiplication: Multiplication | None = None,
+) -> Iterator[Epoch]:
+    """Trains all members at once, in place, epoch by epoch; with a holdout, each ends with its best weights.
 
     Args:
         ensemble: What to train; its device is where ``train`` and ``holdout`` are.
         config: Settings.
-        train: Training rows, normalised.
-        holdout: Rows that select weights and stop training, normalised; None trains to the end.
-        tracker: Receives one row of numbers per epoch and member.
-        track_training: Whether to score the training rows after every epoch rather than every now and then.
-        checkpoint: What training goes on from, to end in the same bits as if it had never stopped; None starts anew.
-        save_checkpoint: Called with such a checkpoint after every epoch.
+        train: Training rows.
+        holdout: Rows that select weights and stop training; None trains to the end.
+        score_every: Epochs between two scores of the training rows, beside those of the first and the last; None: none.
+        checkpoint: What to go on from, to end in the same bits as if training had never stopped; None starts anew.
+        optimizer: Builds what steps a group of members.
+        multiplication: How to multiply; None chooses for this machine.
+
+    Yields:
+        What each epoch gave.
+
+    Raises:
+        FloatingPointError: At the end, if a member never had a finite validation error.
     """
-    import torch
-
-    from training.batches import draw_bootstrap, draw_order
-    from training.best_weights import BestWeights
-    from training.hardware import product_precision
-    from training.member_threads import MemberThreads
-    from training.scores import metric_rows
-
-    network, rows = ensemble.network, len(train.inputs)
-    network.requires_grad_(True)
-    best = BestWeights(network, config.patience) if holdout is not None else None
+    ensemble.requires_grad_(True)
+    rows, is_cuda = len(train.inputs), train.inputs.is_cuda
+    best = BestWeights(ensemble, config.patience) if holdout is not None else None
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
+    step = partial(take_step, config, loss_settings(type(ensemble), config), train)
 
-    with MemberThreads(network, config) as threads:
+    with MemberThreads(ensemble, config, step, optimizer, multiplication or choose_multiplication()) as threads:
         if checkpoint is not None:
-            network.load_state_dict(checkpoint["network"])
+            ensemble.load_state_dict(checkpoint["network"])
             threads.load_optimizer_state(checkpoint["optimizer"])
             if best is not None:
                 best.load_state_dict(checkpoint["best"])
@@ -65,65 +74,64 @@ def train_ensemble(
             order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
             if bootstrap is not None:
                 order = bootstrap.gather(1, order)
-            order = order.to(ensemble.device)
-            with product_precision(config, epoch, order.is_cuda):
-                losses = threads.map_rows(partial(take_steps, config, train, order, epoch), rows, config.batch_size)
+            with product_precision(epoch < reduced_epochs(config, is_cuda), is_cuda):
+                losses = threads.take_epoch(order.to(ensemble.device), epoch)
 
             holdout_scores = threads.score(holdout) if holdout is not None else {}
             if best is not None:
-                best.update(network, holdout_scores["mse"])
-            is_last = epoch == config.fit_epochs - 1 or (best is not None and all(best.stopped))
-            is_scored = track_training or epoch == 0 or is_last or (epoch + 1) % _TRAIN_SCORE_EVERY == 0
+                best.update(ensemble, holdout_scores["mse"])
+            is_end = epoch in (0, config.fit_epochs - 1) or (best is not None and all(best.stopped))
+            is_scored = score_every is not None and (is_end or (epoch + 1) % score_every == 0)
             train_scores = threads.score(train) if is_scored else {}
-            mean_losses = (torch.cat([sum(pieces) for pieces in losses]) / rows).tolist()
-            tracker.log_epoch(epoch, metric_rows(ensemble, config, epoch, mean_losses, train_scores, holdout_scores))
-            if save_checkpoint is not None:
-                save_checkpoint(
-                    {
-                        "epochs": epoch + 1,
-                        "network": network.state_dict(),
-                        "optimizer": threads.optimizer_state(),
-                        "best": None if best is None else best.state_dict(),
-                    }
-                )
+            state = partial(checkpoint_state, epoch + 1, ensemble, threads, best)
+            yield Epoch(epoch, losses, train_scores, holdout_scores, state)
     if best is not None:
-        best.restore(network)
+        best.restore(ensemble)
 
 
-def take_steps(
-    config: LearnConfig, train: NormalisedRows, order: Tensor, epoch: int, group: MemberGroup, starts: range
+def take_step(
+    config: LearnConfig,
+    settings: dict[str, Any],
+    train: NormalisedRows,
+    group: MemberGroup,
+    rows: Tensor,
+    time: float,
 ) -> Tensor:
-    """Takes the steps of one epoch, or of a piece of it, with a group of members.
+    """Takes one gradient step with a group of members.
 
     Args:
         config: Settings.
-        train: Training rows, normalised.
-        order: Rows in the order in which each member of the ensemble sees them, ``(ensemble, rows)``.
-        epoch: Which one, from 0.
-        group: Members that go through each step together, with their optimiser.
-        starts: Where in ``order`` each minibatch starts.
+        settings: Those of the kind's loss.
+        train: Training rows.
+        group: Members that step together, with their optimiser.
+        rows: The minibatch of each, ``(ensemble, batch)`` of row indices.
+        time: In epochs, such as 2.5 in the middle of the third.
 
     Returns:
-        The reported loss of each member of the group, summed over rows.
+        The reported loss of each member, ``(ensemble,)``, a mean over the minibatch.
     """
-    import torch
+    ensemble, optimizer = group.ensemble, group.optimizer
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(config, time)
+    batch = train.select(rows)  # (ensemble, batch, ...)
+    objective, reported = ensemble.losses(batch.inputs, batch.targets, time / config.fit_epochs, **settings)
+    if ensemble.reward is not None:
+        objective = objective + ensemble.reward_loss(*batch)
+    optimizer.zero_grad(set_to_none=True)
+    objective.sum().backward()  # members share no parameter: each gets its own gradient
+    if config.grad_clip is not None:
+        clip_gradients(ensemble, config.grad_clip)
+    optimizer.step()
+    return reported
 
-    from training.optimisation import clip_gradients, learning_rate
 
-    network, optimizer = group.network, group.optimizer
-    loss_sum = torch.zeros(network.ensemble_size, device=order.device)  # stays there: no wait for the device
-    for start in starts:
-        time = epoch + start / len(train.inputs)  # in epochs
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(config, time)
-        batch = train.select(order[group.members, start : start + config.batch_size])  # (ensemble, batch, ...)
-        objective, reported = network.losses(batch, time / config.fit_epochs)  # (ensemble,)
-        if network.reward is not None:
-            objective = objective + network.reward_loss(batch)
-        optimizer.zero_grad(set_to_none=True)
-        objective.sum().backward()  # members share no parameter: each gets its own gradient
-        for part in network.parts() if config.grad_clip is not None else ():
-            clip_gradients(part, config.grad_clip)
-        optimizer.step()
-        loss_sum += reported * batch.inputs.shape[1]
-    return loss_sum
+def checkpoint_state(
+    epochs: int, ensemble: DynamicsEnsemble, threads: MemberThreads, best: BestWeights | None
+) -> dict[str, Any]:
+    """Returns what training goes on from after so many epochs, in tensors and plain Python types."""
+    return {
+        "epochs": epochs,
+        "network": ensemble.state_dict(),
+        "optimizer": threads.optimizer_state(),
+        "best": None if best is None else best.state_dict(),
+    }

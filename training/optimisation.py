@@ -6,26 +6,25 @@ Everything here treats members apart: parameters carry a leading ensemble axis, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from config import LearnConfig
-from dynamics_model import DynamicsNetwork
+from dynamics_model import DynamicsEnsemble
 
 _ONECYCLE_START = 1 / 25  # of the peak rate; Smith and Topin 2019, with the ratio that PyTorch's scheduler has
 
 
-def build_optimizer(network: DynamicsNetwork, config: LearnConfig) -> torch.optim.Optimizer:
+def build_optimizer(ensemble: DynamicsEnsemble, config: LearnConfig) -> torch.optim.Optimizer:
     """Returns Adam, with a group for each weight decay; only weights of dynamics layers decay."""
-    decays = dict(zip(network.dynamics.weights, config.layer_decays, strict=True))
+    decays = dict(zip(ensemble.dynamics.weights, config.layer_decays, strict=True))
     groups: dict[float, list[Tensor]] = {}
-    for parameter in network.parameters():
+    for parameter in ensemble.parameters():
         groups.setdefault(decays.get(parameter, 0.0), []).append(parameter)
     adam = torch.optim.AdamW if config.weight_decay_mode == "decoupled" else torch.optim.Adam
     release = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    fused = network.input_shift.is_cuda or release >= (2, 4)  # older ones have it on CUDA only
+    fused = ensemble.input_shift.is_cuda or release >= (2, 4)  # older ones have it on CUDA only
     parameters = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
     return adam(parameters, lr=config.fit_lr, fused=fused)
 
@@ -57,10 +56,15 @@ def _half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scales each member's gradient, over all of its parameters, down to ``max_norm``."""
-    gradients = [parameter.grad for parameter in parameters]
-    squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])  # (parameter, ensemble)
-    scale = (max_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale.view(-1, 1, 1))
+def clip_gradients(ensemble: DynamicsEnsemble, max_norm: float) -> None:
+    """Scales each member's gradient down to a norm, that of the dynamics and that of the reward apart."""
+    reward = [] if ensemble.reward is None else list(ensemble.reward.parameters())
+    known = {id(parameter) for parameter in reward}
+    dynamics = [parameter for parameter in ensemble.parameters() if id(parameter) not in known]
+    for part in filter(None, (dynamics, reward)):  # no gradient joins the two
+        gradients = [parameter.grad for parameter in part]
+        squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])
+        norm = squares.sum(dim=0).sqrt()  # (ensemble,)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, 1, 1))

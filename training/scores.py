@@ -1,48 +1,91 @@
-"""The numbers of a training: per epoch and member while it runs, per member when it has ended."""
+"""The numbers of a training: per epoch and member while it runs, per member when it has ended.
+
+All are in normalised units, where 1 is a dimension's mean absolute deviation of the change; likelihoods in nats.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from config import LearnConfig
+from dynamics_model import DynamicsEnsemble
+from training.batches import NormalisedRows
+from training.optimisation import learning_rate
 
-if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from dynamics_model import DynamicsEnsemble, NormalisedRows
+_ROWS_PER_CALL = 4096  # that a member scores in one forward pass
+
+Scores = dict[str, list[float]]
+"""By name, one number per member."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave; scores are those of the weights at its end.
+
+    Attributes:
+        index: From 0.
+        losses: Reported loss of each member, the mean over the epoch's minibatches.
+        train_scores: Of the training rows; empty in epochs that do not score them.
+        holdout_scores: Of the holdout; empty without one.
+        checkpoint: Returns what training can go on from, as long as the next epoch has not begun.
+    """
+
+    index: int
+    losses: list[float]
+    train_scores: Scores
+    holdout_scores: Scores
+    checkpoint: Callable[[], dict[str, Any]]
+
+
+@torch.no_grad()
+def score_rows(ensemble: DynamicsEnsemble, rows: NormalisedRows) -> Scores:
+    """Scores every row with every member.
+
+    Returns:
+        What the kind's ``score_terms`` names, means over rows and dimensions: ``mse``, and ``nll`` where members
+        predict a variance; ``reward_mse`` where a reward is learned.
+    """
+    sums: dict[str, Tensor] = {}
+    for chunk in rows.chunks(_ROWS_PER_CALL):
+        stacked = NormalisedRows(*(part if part is None else part.expand(len(ensemble), -1, -1) for part in chunk))
+        terms = ensemble.score_terms(stacked.targets, *ensemble.predict_change(stacked.inputs))
+        totals = {name: term.mean(dim=-1).double().sum(dim=1) for name, term in terms.items()}
+        if ensemble.reward is not None:
+            totals["reward_mse"] = ensemble.reward_loss(*stacked).double() * len(chunk.inputs)
+        for name, total in totals.items():
+            sums[name] = sums[name] + total if name in sums else total
+    return {name: (total / len(rows.inputs)).tolist() for name, total in sums.items()}
 
 
 def metric_columns(ensemble: DynamicsEnsemble) -> list[str]:
     """Returns the columns of ``metrics.csv``, the published ones first."""
-    columns = ["step", "model_id", ensemble.member_class.loss_name, "lr", "train_mse", "val_mse", "nll"]
-    return columns if ensemble.network.reward is None else [*columns, "reward_train_mse", "reward_val_mse"]
+    columns = ["step", "model_id", ensemble.loss_name, "lr", "train_mse", "val_mse", "nll"]
+    return columns if ensemble.reward is None else [*columns, "reward_train_mse", "reward_val_mse"]
 
 
-def metric_rows(
-    ensemble: DynamicsEnsemble,
-    config: LearnConfig,
-    epoch: int,
-    losses: list[float],
-    train_scores: dict[str, list[float]],
-    holdout_scores: dict[str, list[float]],
-) -> list[dict[str, float | int | None]]:
-    """Returns one row of ``metrics.csv`` per member: errors in normalised units, None for what was not measured.
+def metric_rows(ensemble: DynamicsEnsemble, config: LearnConfig, epoch: Epoch) -> list[dict[str, float | int | None]]:
+    """Returns an epoch's rows of ``metrics.csv``, one per member; None is a number that was not measured.
 
-    ``train_mse``, ``val_mse`` and ``nll`` (nats, on the holdout) are those of the epoch's final weights; the loss is
-    the mean over the epoch's minibatches, and ``lr`` the rate at the epoch's first step.
+    ``train_mse``, ``val_mse`` and ``nll`` (on the holdout) are those of the epoch's final weights; the loss is the mean
+    over its minibatches, and ``lr`` the rate at its first step.
     """
-    from training.optimisation import learning_rate
-
     missing = [None] * len(ensemble)
     columns = {
-        "step": [epoch] * len(ensemble),
+        "step": [epoch.index] * len(ensemble),
         "model_id": range(len(ensemble)),
-        ensemble.member_class.loss_name: losses,
-        "lr": [learning_rate(config, epoch)] * len(ensemble),
-        "train_mse": train_scores.get("mse", missing),
-        "val_mse": holdout_scores.get("mse", missing),
-        "nll": holdout_scores.get("nll", missing),
-        "reward_train_mse": train_scores.get("reward_mse", missing),
-        "reward_val_mse": holdout_scores.get("reward_mse", missing),
+        ensemble.loss_name: epoch.losses,
+        "lr": [learning_rate(config, epoch.index)] * len(ensemble),
+        "train_mse": epoch.train_scores.get("mse", missing),
+        "val_mse": epoch.holdout_scores.get("mse", missing),
+        "nll": epoch.holdout_scores.get("nll", missing),
+        "reward_train_mse": epoch.train_scores.get("reward_mse", missing),
+        "reward_val_mse": epoch.holdout_scores.get("reward_mse", missing),
     }
     names = metric_columns(ensemble)
     return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
@@ -54,14 +97,13 @@ def score_members(
     """Scores each member's final weights: the ones that are saved.
 
     Returns:
-        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout, in nats), normalised units; None for what
-        does not exist.
+        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout); None for what does not exist.
 
     Raises:
         FloatingPointError: If a member's error is not finite.
     """
-    train_scores = ensemble.network.score(train)
-    holdout_scores = ensemble.network.score(holdout) if holdout is not None else {}
+    train_scores = score_rows(ensemble, train)
+    holdout_scores = score_rows(ensemble, holdout) if holdout is not None else {}
     none = [None] * len(ensemble)
     columns = {
         "train_mse": train_scores["mse"],
@@ -80,17 +122,15 @@ def score_members(
     return scores
 
 
+def mean_scores(scores: list[dict[str, float | None]]) -> dict[str, float]:
+    """Returns the means over members of the scores that exist."""
+    names = [name for name, value in scores[0].items() if value is not None]
+    return {name: sum(score[name] for score in scores) / len(scores) for name in names}
+
+
 def rank_elites(scores: list[dict[str, float | None]], num_elites: int | None) -> list[int]:
     """Returns the members with the lowest validation errors, best first; all of them in order without a holdout."""
     members = list(range(len(scores)))
     if scores[0]["val_mse"] is None:
         return members
     return sorted(members, key=lambda member: scores[member]["val_mse"])[:num_elites]
-
-
-def summarise(scores: list[dict[str, float | None]], elites: list[int]) -> dict[str, Any]:
-    """Returns the final scores as trackers take them: their means over members, and each member's."""
-    means = {
-        name: sum(score[name] for score in scores) / len(scores) for name in scores[0] if scores[0][name] is not None
-    }
-    return {"metrics": means, "members": scores, "elites": elites}
