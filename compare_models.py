@@ -28,69 +28,81 @@ if processors are of one kind. In a SLURM allocation, whose nodes share nothing 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error
-from config import LearnConfig, load_config
-from utils import InputError, atomic_write
+from utils import InputError
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     import pandas as pd
 
-    from data.trajectories import Dataset
-    from study.cells import Cell, Result
-    from study.tracker import StudyTracker
+    from study.cells import Cell
+    from study.engines import Engine, Finished
+    from study.grid import Arms, Grid
 
 LEARNING_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)  # around the defaults of both kinds, 4e-3 and 5e-3
-TRIAL_SEED = 10_000  # of the choice of learning rates; seeds of a study are smaller
-Arms = dict[str, LearnConfig]
-Datasets = dict[str, "Dataset"]
-Engine = Callable[["list[Cell]", Datasets, Path], "Iterator[Cell]"]
-"""Runs the cells that are not done into a folder, and yields each one when it is there."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command: everything a user can get wrong is checked before the first file is written."""
     args = parse_arguments(argv)
+
+    from study.engines import run_missing
+    from study.grid import Grid, check_done, choose_rates, load_arms, load_datasets
+    from study.report import save_table, write_study
+    from study.store import CellStore
+    from study.tracker import open_study
+
     with exit_on_input_error():
-        arms = load_arms(args)
+        check_arguments(args)
+        arms = load_arms(args.configs, args.params)
         is_ours = (args.output / "study.json").exists()
         check_output_folder(args.output, is_ours, expected="a study")
         rates = known_rates(args, arms)
         device = args.device if args.engine == "ray" else choose_device(args.device)
-        datasets = load_datasets(args)
-        trials = plan_trials(arms, args, device) if rates is None else []
-        check_done(trials if rates is None else plan_cells(arms, rates, args, device), datasets, args.output)
+        grid = Grid(arms, args.datasets, args.seeds, args.split_seed, device, args.threads)
+        datasets = load_datasets(args.datasets, args.split_seed, args.quiet)
+        store = CellStore(args.output)
+        trials = grid.trials(args.learning_rates) if rates is None else []
+        check_done(trials if rates is None else grid.cells(rates), datasets, store)
         engine = choose_engine(args)
-        number = len(arms) * len(datasets) * args.seeds
 
-    print_plan(arms, args, len(trials), number)
-    tracker = open_study(args, arms)
-    progress = Progress(len(trials) + number, args.quiet)
+    if not args.quiet:
+        print(plan_text(grid, len(trials)), file=sys.stderr, flush=True)
+    params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
+    tracker = open_study(store, command_line(), params)
+    progress = Progress(len(trials) + len(grid), args.quiet)
+
+    def run(cells: list[Cell]) -> None:
+        for finished in run_missing(cells, datasets, store, engine):
+            tracker.log(finished.cell, finished.result)
+            progress.count(finished)
+
     try:
-        run_cells(trials, datasets, args.output, engine, tracker, progress)
-        rates = choose_rates(trials, args.output) if rates is None else rates
+        run(trials)
+        rates = choose_rates(trials, store) if rates is None else rates
         with exit_on_input_error():
-            cells = plan_cells(arms, rates, args, device)
-            check_done(cells, datasets, args.output)
+            cells = grid.cells(rates)
+            check_done(cells, datasets, store)
         save_table(rates, args.output / "learning_rates.csv")
-        run_cells(cells, datasets, args.output, engine, tracker, progress)
-        files = report(cells, rates, arms, datasets, args)
+        run(cells)
+        results = {cell.key: store.read(cell.name) for cell in cells if cell.name in store}
+        files = write_study(args.output, results, rates, grid, datasets, command_line())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     except (OSError, FloatingPointError) as error:
         print(f"error: {error}; what is finished is kept, the same command goes on", file=sys.stderr)
         return 1
+    store.remove_locks()
+    if not args.quiet:
+        print((args.output / "report.md").read_text(encoding="utf-8").partition("\n## ")[0])
+        print(f"report {args.output / 'report.html'}")
     tracker.finish(files)
     return 0
 
@@ -175,12 +187,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_arms(args: argparse.Namespace) -> Arms:
-    """Reads the arms by name, seeds and rates still their own, and checks the numbers of the grid.
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks what can be checked without reading a file.
 
     Raises:
         InputError: If something cannot be used.
     """
+    from study.grid import TRIAL_SEED
+
     for flag, value, lowest, highest in (
         ("--seeds", args.seeds, 1, TRIAL_SEED),
         ("--threads", args.threads, 1, 1024),
@@ -201,285 +215,35 @@ def load_arms(args: argparse.Namespace) -> Arms:
             raise InputError(f"{flag} names {repeated!r} twice; give each once, and files different names")
     if len(args.configs) < 2:
         raise InputError(f"--configs names one arm, {str(args.configs[0])!r}; expected at least two to compare")
-    return {
-        path.stem: dataclasses.replace(load_config(path, args.params), split_seed=args.split_seed)
-        for path in args.configs
-    }
-
-
-def load_datasets(args: argparse.Namespace) -> Datasets:
-    """Loads every dataset and checks that it can be split and learned.
-
-    Raises:
-        InputError: If one cannot be used.
-    """
-    from data.sources import load_dataset
-    from data.trajectories import gather_transitions, split_trajectories
-    from study.cells import HOLDOUT_RATIO, TEST_RATIO
-    from training.build import build_ensemble
-
-    datasets = {name: load_dataset(name, quiet=args.quiet) for name in args.datasets}
-    for name, dataset in datasets.items():
-        split = split_trajectories(dataset, args.split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
-        if len(split.test) < 2 or len(split.holdout) < 1:
-            raise InputError(
-                f"dataset {name!r} leaves {len(split.test)} trajectories to test on, expected at least 2, as errors "
-                f"vary between them; give a dataset of more than its {len(dataset.trajectories)}"
-            )
-        build_ensemble(LearnConfig(ensemble_size=1, hidden_size=()), gather_transitions(dataset, split.train))
-    return datasets
-
-
-# --- The grid ---
-
-
-def plan_trials(arms: Arms, args: argparse.Namespace, device: str) -> list[Cell]:
-    """Lists the trainings that choose learning rates: every arm, candidate and dataset, with the trial seed."""
-    from study.cells import Cell
-
-    return [
-        Cell(arm, dataset, dataclasses.replace(config, seed=TRIAL_SEED, fit_lr=rate), True, device, args.threads)
-        for dataset in args.datasets
-        for arm, config in arms.items()
-        for rate in args.learning_rates
-    ]
-
-
-def plan_cells(arms: Arms, rates: pd.DataFrame, args: argparse.Namespace, device: str) -> list[Cell]:
-    """Lists the cells of the study; seed by seed, so that a study cut short has whole ones."""
-    from study.cells import Cell
-
-    chosen = rates[rates.is_chosen].drop_duplicates("arm").set_index("arm").fit_lr
-    return [
-        Cell(
-            arm, dataset, dataclasses.replace(config, seed=seed, fit_lr=float(chosen[arm])), False, device, args.threads
-        )
-        for seed in range(args.seeds)
-        for dataset in args.datasets
-        for arm, config in arms.items()
-    ]
-
-
-def check_done(cells: list[Cell], datasets: Datasets, output: Path) -> None:
-    """Checks that cells which are there already are those asked for.
-
-    Raises:
-        InputError: If the result of another request is in a cell's place.
-    """
-    from study.cells import check_request
-
-    for cell in cells:
-        check_request(output / cell.name, cell.request(datasets[cell.dataset].sha256))
-
-
-def run_cells(
-    cells: list[Cell], datasets: Datasets, output: Path, engine: Engine, tracker: StudyTracker, progress: Progress
-) -> None:
-    """Runs the cells that are not done, and tells tracker and progress of all."""
-    from study.cells import Result
-
-    is_old = [(output / cell.name).exists() for cell in cells]
-    for cell in [cell for cell, old in zip(cells, is_old, strict=True) if old]:
-        tracker.log(cell, Result.read(output / cell.name))
-        progress.skip()
-    for cell in engine([cell for cell, old in zip(cells, is_old, strict=True) if not old], datasets, output):
-        result = Result.read(output / cell.name)
-        tracker.log(cell, result)
-        progress.show(cell, result)
-
-
-class Progress:
-    """A line per finished cell and the time that is left, on stderr; in a terminal a bar, too."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._is_quiet, self._start, self._finished = quiet, time.monotonic(), 0
-        self._bar = tqdm(
-            total=total, unit="cell", desc="study", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()
-        )
-        self._left = total
-
-    def skip(self) -> None:
-        """Counts a cell that was there before."""
-        self._left -= 1
-        self._bar.update()
-        self._bar.unpause()  # the time left is that of cells which take time
-
-    def show(self, cell: Cell, result: Result) -> None:
-        """Says what a cell has given, and how long the rest may take."""
-        self._left, self._finished = self._left - 1, self._finished + 1
-        self._bar.update()
-        if self._is_quiet:
-            return
-        outcome = result.record["outcome"]
-        if result.failure is not None:
-            found = f"FAILED: {result.failure}"
-        elif cell.is_trial:
-            found = f"validation MSE {outcome['val_mse']:.4g}"
-        else:
-            found = f"test nRMSE {outcome['metrics']['nrmse']:.4g}"
-        left = self._bar.format_interval(self._left * (time.monotonic() - self._start) / self._finished)
-        self._bar.write(f"{cell.name}: {found} in {outcome['seconds']:.0f} s; {self._left} to go, {left}", sys.stderr)
-
-
-# --- Engines ---
-
-
-def choose_engine(args: argparse.Namespace) -> Engine:
-    """Returns what runs cells; connects to the cluster where it is to be Ray."""
-    if args.analyse_only:
-        return lambda cells, datasets, output: iter(())
-    return run_locally if args.engine == "local" else connect_ray(args)
-
-
-def run_locally(cells: list[Cell], datasets: Datasets, output: Path) -> Iterator[Cell]:
-    """Runs cells one after another; those that another process is running are waited for in the end."""
-    from filelock import FileLock, Timeout
-
-    from study.cells import run_cell
-
-    for waits in (False, True):
-        held = []
-        for cell in cells:
-            try:
-                with FileLock(lock_path(output, cell.name), timeout=-1 if waits else 0):
-                    if not (output / cell.name).exists():
-                        run_cell(cell, datasets[cell.dataset]).write(output / cell.name)
-            except Timeout:
-                held.append(cell)
-                continue
-            yield cell
-        cells = held
-
-
-def lock_path(output: Path, name: str) -> Path:
-    """Returns the file by which processes that share a study's folder agree who does what; released when one dies."""
-    locks = output / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return locks / f"{name.replace('/', '.')}.lock"
-
-
-def connect_ray(args: argparse.Namespace) -> Engine:
-    """Connects to a Ray cluster and returns the engine that runs cells on it.
-
-    Raises:
-        InputError: If Ray or the cluster is missing, or too small for a cell.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--engine ray needs Ray; pip install -r requirements-ray.txt") from None
-    code = {
-        "working_dir": str(Path(__file__).parent),
-        "excludes": ["/data/bundled/", "/data/policies/", "/results/", "/tests/", "/.git/", "*.pkl"],
-    }
-    try:
-        ray.init(args.ray_address or "auto", runtime_env=code, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        where = args.ray_address or "RAY_ADDRESS and this machine"
-        raise InputError(f"no Ray cluster at {where} ({error}); start one: ray start --head") from None
-    if args.threads > max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]):
-        raise InputError(f"--threads is {args.threads}, and no node of the Ray cluster has as many; give fewer")
-    return run_on_ray
-
-
-def run_on_ray(cells: list[Cell], datasets: Datasets, output: Path) -> Iterator[Cell]:
-    """Runs cells side by side; one whose worker is lost runs again elsewhere, five times at most."""
-    import ray
-
-    from study.cells import run_cell
-
-    remote = ray.remote(run_cell)
-    shared = {name: ray.put(dataset) for name, dataset in datasets.items()}
-    pending = {
-        remote.options(max_retries=5, num_cpus=cell.threads, num_gpus=int(cell.device == "cuda")).remote(
-            cell, shared[cell.dataset]
-        ): cell
-        for cell in cells
-    }
-    while pending:
-        (finished,), _ = ray.wait(list(pending))
-        cell = pending.pop(finished)
-        try:
-            result = ray.get(finished)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-            raise ChildProcessError(f"cell {cell.name} has lost its worker again and again ({error})") from None
-        if not (output / cell.name).exists():
-            result.write(output / cell.name)
-        yield cell
-
-
-# --- Learning rates ---
 
 
 def known_rates(args: argparse.Namespace, arms: Arms) -> pd.DataFrame | None:
     """Returns the learning rates that need no choice; None where trials must choose.
 
     Raises:
-        InputError: If an earlier study is to be followed which does not have them.
+        InputError: If an earlier study is to be followed that does not have them.
     """
-    import pandas as pd
+    from study.grid import earlier_rates, given_rates
 
     earlier = args.learning_rates_of or (args.output if args.analyse_only else None)
     if earlier is not None:
-        try:
-            rates = pd.read_csv(earlier / "learning_rates.csv")
-        except OSError:
-            raise InputError(f"{str(earlier)!r} has no learning_rates.csv; give the folder of a study") from None
-        if missing := [arm for arm in arms if arm not in set(rates.arm[rates.is_chosen])]:
-            raise InputError(f"{str(earlier / 'learning_rates.csv')!r} has no rate for the arm {missing[0]!r}")
-        return rates[rates.arm.isin(arms)]
+        return earlier_rates(earlier, arms)
     if len(args.learning_rates) > 1:
         return None
-    own = {name: args.learning_rates[0] if args.learning_rates else config.fit_lr for name, config in arms.items()}
-    return pd.DataFrame([{"arm": arm, "fit_lr": rate, "is_chosen": True} for arm, rate in own.items()])
+    return given_rates(arms, args.learning_rates[0] if args.learning_rates else None)
 
 
-def choose_rates(trials: list[Cell], output: Path) -> pd.DataFrame:
-    """Chooses each arm's rate: the lowest geometric mean over datasets of the members' mean validation error.
-
-    Returns:
-        arm, fit_lr, dataset, val_mse (infinite for a training that failed), is_chosen.
+def choose_engine(args: argparse.Namespace) -> Engine:
+    """Returns what runs cells; connects to the cluster where it is Ray.
 
     Raises:
-        FloatingPointError: If an arm has failed somewhere with every rate.
+        InputError: If the cluster cannot be had.
     """
-    import numpy as np
-    import pandas as pd
+    from study.engines import connect_ray, run_locally, run_nothing
 
-    from study.cells import Result
-
-    records = []
-    for trial in trials:
-        error = Result.read(output / trial.name).record["outcome"]["val_mse"]
-        records.append((trial.arm, trial.config.fit_lr, trial.dataset, math.inf if error is None else error))
-    table = pd.DataFrame(records, columns=["arm", "fit_lr", "dataset", "val_mse"])
-    score = np.log(table.val_mse).groupby([table.arm, table.fit_lr]).mean()
-    for arm, best in score.groupby("arm").min().items():
-        if best == math.inf:
-            raise FloatingPointError(f"arm {arm} has diverged with every learning rate; give lower --learning_rates")
-    chosen = score.groupby("arm").idxmin().tolist()
-    return table.assign(is_chosen=[pair in chosen for pair in zip(table.arm, table.fit_lr, strict=True)])
-
-
-# --- What is written and said ---
-
-
-def open_study(args: argparse.Namespace, arms: Arms) -> StudyTracker:
-    """Makes the study's folder, known by its ``study.json``, and its run in MLflow; or goes on with both."""
-    from filelock import FileLock
-
-    from study.tracker import StudyTracker
-
-    path = args.output / "study.json"
-    with FileLock(lock_path(args.output, "study")):
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
-        tracker = StudyTracker(args.output.name, record.get("mlflow_run_id"), params)
-        with atomic_write(path, "w") as file:
-            json.dump({"command": command_line(), "mlflow_run_id": tracker.run_id}, file, indent=2)
-    return tracker
+    if args.analyse_only:
+        return run_nothing
+    return run_locally if args.engine == "local" else connect_ray(args.ray_address, args.threads)
 
 
 def command_line() -> str:
@@ -487,104 +251,59 @@ def command_line() -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def save_table(table: pd.DataFrame, path: Path) -> Path:
-    """Writes a table as CSV and returns its path."""
-    with atomic_write(path, "w") as file:
-        table.to_csv(file, index=False, float_format="%.6g")
-    return path
+# --- What is said on the way ---
 
 
-def differences(arms: Arms) -> dict[str, dict[str, Any]]:
-    """Returns the settings in which arms differ, each arm's value by name; seeds and rates are the study's."""
-    settings = {name: config.to_dict() for name, config in arms.items()}
-    keys = [key for key in next(iter(settings.values())) if key not in ("seed", "split_seed")]
-    values = {key: {name: setting[key] for name, setting in settings.items()} for key in keys}
-    return {key: by_arm for key, by_arm in values.items() if len({str(value) for value in by_arm.values()}) > 1}
-
-
-def print_plan(arms: Arms, args: argparse.Namespace, trials: int, cells: int) -> None:
+def plan_text(grid: Grid, trials: int) -> str:
     """Says what is compared and what it takes."""
-    if args.quiet:
-        return
-    lines = [f"arms: {', '.join(arms)}; they differ in"]
+    lines = [f"arms: {', '.join(grid.arms)}; they differ in"]
     lines += [
         f"  {key}: " + ", ".join(f"{arm} {value}" for arm, value in by_arm.items())
-        for key, by_arm in differences(arms).items()
+        for key, by_arm in grid.differences().items()
     ]
     lines += [
-        f"{cells} cells ({len(arms)} arms x {len(args.datasets)} datasets x {args.seeds} seeds) and {trials} trials "
-        "that choose learning rates; what is finished is not run again, and the first ones tell how long the rest takes"
+        f"{len(grid)} cells ({len(grid.arms)} arms x {len(grid.datasets)} datasets x {grid.seeds} seeds) and {trials} "
+        "trials that choose learning rates; what is finished is not run again, and the first ones tell how long the "
+        "rest takes"
     ]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    return "\n".join(lines)
 
 
-def report(
-    cells: list[Cell], rates: pd.DataFrame, arms: Arms, datasets: Datasets, args: argparse.Namespace
-) -> list[Path]:
-    """Analyses the cells that are there, writes tables, figures and reports, and prints the answer.
+class Progress:
+    """A line per finished cell and the time that is left, on stderr; in a terminal a bar, too.
 
-    Raises:
-        FileNotFoundError: If there is nothing to analyse.
+    Args:
+        total: How many cells there are, trials included.
+        quiet: Shows nothing.
     """
-    from study.analysis import analyse
-    from study.cells import Result
-    from study.report import write_report
 
-    there = [cell for cell in cells if (args.output / cell.name).exists()]
-    results = {
-        (cell.arm, Path(cell.dataset).stem, cell.config.seed): Result.read(args.output / cell.name) for cell in there
-    }
-    if all(result.failure is not None for result in results.values()):
-        raise FileNotFoundError(f"{args.output} has no cell whose training has succeeded: nothing to compare")
-    tables = analyse(results)
-    files = [save_table(table, args.output / f"{name}.csv") for name, table in tables.items()]
-    facts = describe(results, len(cells), arms, datasets, args)
-    files += write_report(args.output, facts, tables | {"learning_rates": rates})
-    shutil.rmtree(args.output / ".locks", ignore_errors=True)
-    if not args.quiet:
-        print((args.output / "report.md").read_text(encoding="utf-8").partition("\n## ")[0])
-        print(f"report {args.output / 'report.html'}")
-    return files
+    def __init__(self, total: int, quiet: bool) -> None:
+        from tqdm import tqdm
 
+        self._is_quiet, self._start, self._left, self._finished = quiet, time.monotonic(), total, 0
+        self._bar = tqdm(
+            total=total, unit="cell", desc="study", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()
+        )
 
-def describe(
-    results: dict[tuple[str, str, int], Result], planned: int, arms: Arms, datasets: Datasets, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Returns what the report says of the study beside its numbers."""
-    import pandas as pd
-
-    from data.trajectories import split_trajectories
-    from study.cells import HOLDOUT_RATIO, TEST_RATIO
-
-    rows = []
-    for name, dataset in datasets.items():
-        split = split_trajectories(dataset, args.split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
-        parts = {"training": split.train, "validation": split.holdout, "test": split.test}
-        rows.append({"dataset": Path(name).stem, "transitions": dataset.num_transitions, "sha256": dataset.sha256[:16]})
-        for part, indices in parts.items():
-            size = sum(dataset.trajectories[index].num_transitions for index in indices)
-            rows[-1][part] = f"{size} in {len(indices)} trajectories"
-    origins = [
-        {"code": result.record["origin"]["git_commit"], **result.record["origin"]["versions"]}
-        for result in results.values()
-    ]
-    failed = sum(result.failure is not None for result in results.values())
-    hours = sum(result.record["outcome"]["seconds"] for result in results.values()) / 3600
-    return {
-        "title": f"{', '.join(arms)} on {', '.join(Path(name).stem for name in datasets)}",
-        "lead": f"{len(results)} of {planned} runs ({len(arms)} arms, {len(datasets)} datasets, {args.seeds} seeds), "
-        f"{failed} of which failed; {hours:.1f} hours of training and evaluation with {args.threads} threads.",
-        "command": command_line(),
-        "differences": pd.DataFrame(
-            [
-                {"setting": key} | {arm: str(value) for arm, value in values.items()}
-                for key, values in differences(arms).items()
-            ],
-            columns=["setting", *arms],
-        ),
-        "datasets": pd.DataFrame(rows),
-        "origin": pd.DataFrame(origins).value_counts(dropna=False).rename("cells").reset_index(),
-    }
+    def count(self, finished: Finished) -> None:
+        """Counts a cell; of one that has run now, says what it gave and how long the rest may take."""
+        self._left -= 1
+        self._bar.update()
+        if not finished.is_new:
+            self._bar.unpause()  # the time left is counted from cells that take time
+            return
+        self._finished += 1
+        if self._is_quiet:
+            return
+        cell, outcome = finished.cell, finished.result.record.outcome
+        if outcome.failure is not None:
+            found = f"FAILED: {outcome.failure}"
+        elif cell.is_trial:
+            found = f"validation MSE {outcome.val_mse:.4g}"
+        else:
+            found = f"test nRMSE {outcome.metrics['nrmse']:.4g}"
+        left = self._bar.format_interval(self._left * (time.monotonic() - self._start) / self._finished)
+        self._bar.write(f"{cell.name}: {found} in {outcome.seconds:.0f} s; {self._left} to go, {left}", sys.stderr)
 
 
 if __name__ == "__main__":

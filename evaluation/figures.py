@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, _png
+from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, png
 
 PROPAGATIONS = {"tsinf": (BLUE, "-"), "ts1": (ORANGE, "--"), "mean": (GREEN, "-.")}
 VARIANTS = {"raw": (RED, "-", "as predicted"), "recalibrated": (BLUE, "--", "recalibrated")}
@@ -49,7 +49,7 @@ def draw_figures(tables: dict[str, pd.DataFrame]) -> dict[str, bytes]:
             figures["oracle_noise"] = draw_oracle_noise(tables["oracle_noise"])
         if "cross_dataset" in tables:
             figures["cross_dataset"] = draw_cross_dataset(tables["cross_dataset"])
-        return {name: _png(figure) for name, figure in figures.items()}
+        return {name: png(figure, dpi=200) for name, figure in figures.items()}
 
 
 def _panel(title: str, xlabel: str, ylabel: str, height: float = 3.5) -> tuple[Figure, Axes]:

@@ -1,18 +1,14 @@
-"""Reports: one self-contained HTML page from tidy tables and figures; learning curves of a run.
-
-A page needs nothing but itself: figures are embedded, and there is no script, font or address to load.
-"""
+"""The report of an evaluation: what its HTML page says, from tidy tables and figures."""
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from reporting.page import CSS, PAGE, Section, format_cell, html_table
+from reporting.page import Section, format_cell, html_page
 
 # --- What the page says ---
 
@@ -24,7 +20,26 @@ UNITS = (
 
 _CARD_HORIZON = 25
 
-
+HEADINGS = {
+    "rmse": "nRMSE",
+    "rmse_raw": "RMSE, raw",
+    "r2": "R²",
+    "nll": "NLL (nats)",
+    "nll_raw": "NLL, raw",
+    "crps": "CRPS",
+    "crps_raw": "CRPS, raw",
+    "mean_z2": "mean z²",
+    "ece": "calibration error",
+    **{f"coverage_{level}": f"in {level} % interval" for level in (50, 80, 90, 95)},
+    "auroc": "AUROC",
+    "auroc_worst": "AUROC, worst 10 %",
+    "q10": "10 %",
+    "q25": "25 %",
+    "q75": "75 %",
+    "q90": "90 %",
+    "no_change": "no change",
+    "horizon": "steps",
+}
 CAPTIONS = {
     "one_step": "Root mean squared error of the predicted next state; lower is better. The bar spans the single "
     "members. A model that is no better than the cross has learned nothing that a straight line would not know.",
@@ -185,43 +200,18 @@ def html_report(
         *measured_sections(tables, horizons),
         Section("How it was made", f"{facts['command']}. {origin}", [], {}, {"Configuration of the model": settings}),
     ]
-    title = html.escape(facts["title"])
     members = "member" if facts["members"] == 1 else "members"
     lead = (
         f"{facts['members']} {facts['kind']} {members}, trained on {facts['trained_on']}; evaluated on "
         f"{facts['rows']:,} transitions of {facts['trajectories']} trajectories of {facts['dataset']}."
     )
-    page = [f"<h1>{title}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
-    page += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
-    page.append(f'<div class="cards">{"".join(_card(*card) for card in headline_cards(summary, horizons))}</div>')
-    page.append(f'<p class="units">{html.escape(UNITS)}</p>')
-    page += [_section(section, figures) for section in sections]
-    return PAGE.format(title=title, style=CSS, body="\n".join(page))
+    opening = [f'<p class="lead">{html.escape(lead)}</p>']
+    opening += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
+    opening.append(f'<div class="cards">{"".join(_card(*card) for card in headline_cards(summary, horizons))}</div>')
+    opening.append(f'<p class="units">{html.escape(UNITS)}</p>')
+    return html_page(facts["title"], "\n".join(opening), sections, figures, CAPTIONS, headings=HEADINGS)
 
 
 def _card(name: str, value: str, reading: str) -> str:
     name, value, reading = map(html.escape, (name, value, reading))
     return f'<div class="card"><div>{name}</div><strong>{value}</strong><small>{reading}</small></div>'
-
-
-def _section(section: Section, figures: dict[str, bytes]) -> str:
-    parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
-    if section.text:
-        parts.append(f"<p>{html.escape(section.text)}</p>")
-    if section.figures:
-        drawn = "".join(_embedded(name, figures[name]) for name in section.figures)
-        parts.append(f'<div class="figures">{drawn}</div>')
-    for title, table in section.tables.items():
-        parts.append(f"<h3>{html.escape(title)}</h3>{html_table(table)}")
-    for title, table in section.details.items():
-        parts.append(f"<details><summary>{html.escape(title)}</summary>{html_table(table)}</details>")
-    return "".join([*parts, "</section>"])
-
-
-def _embedded(name: str, image: bytes) -> str:
-    """Returns a figure as an image that is part of the page, with its caption."""
-    data = base64.b64encode(image).decode()
-    return (
-        f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
-    )

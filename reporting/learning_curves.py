@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-_LABELS = {
+from reporting.style import png
+
+_TITLES = {
     "mse_loss": "training loss (squared error)",
     "gauss_loss": "training loss (Gaussian)",
     "train_mse": "training MSE",
@@ -15,34 +18,36 @@ _LABELS = {
     "lr": "learning rate",
     "reward_val_mse": "reward, validation MSE",
 }
+_MOST_LABELS = 10  # a legend with more members would hide the lines
 
 
 def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
-    """Draws one panel per metric, one line per member, from the CSV of a run; errors are normalised, on a log axis.
+    """Draws a panel per metric and a line per member, on a log axis where all values are positive.
+
+    Args:
+        metrics_csv: What a run logged; errors are in normalised units.
+        figure_png: Where the figure goes.
 
     Returns:
         ``figure_png``, now written.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
     table = pd.read_csv(metrics_csv)
-    names = [name for name in _LABELS if name in table and table[name].notna().any()]
+    names = [name for name in _TITLES if name in table and table[name].notna().any()]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")
-    for axes, name in zip(figure.subplots(lines, columns, squeeze=False).flat, names, strict=False):
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
         for member, rows in table.dropna(subset=[name]).groupby("model_id"):
-            axes.plot(
-                rows["step"] + 1, rows[name], marker="." if len(rows) < 40 else None, lw=1, label=f"member {member}"
-            )
-        axes.set(xlabel="epoch", title=_LABELS[name])
+            marker = "." if len(rows) < 40 else None
+            axes.plot(rows["step"] + 1, rows[name], marker=marker, lw=1, label=f"member {member}")
+        axes.set(xlabel="epoch", title=_TITLES[name])
         if (table[name].dropna() > 0).all():
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    handles = figure.axes[0].get_legend_handles_labels()
-    if len(handles[0]) <= 10:
+    if len(figure.axes[0].lines) <= _MOST_LABELS:
         figure.axes[0].legend(fontsize="x-small")
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
-    figure.savefig(figure_png, dpi=120)
+    figure_png.write_bytes(png(figure, dpi=120))
     return figure_png

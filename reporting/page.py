@@ -1,11 +1,12 @@
-"""Pages that need nothing but themselves: sections of text, figures and tables, as HTML."""
+"""Pages of a report: sections of text, figures and tables, as HTML or as Markdown."""
 
 from __future__ import annotations
 
+import base64
 import html
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 
@@ -17,29 +18,25 @@ from utils import atomic_write
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: what it asks, its figures by name, tables to show and tables to open by title."""
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        text: A paragraph below the heading.
+        figures: Names of the figures to show.
+        tables: Tables to show, by title.
+        details: Tables that HTML folds away and Markdown leaves out, by title.
+    """
 
     title: str
-    text: str
-    figures: Sequence[str]
-    tables: dict[str, pd.DataFrame]
-    details: dict[str, pd.DataFrame]
-
-
-def html_table(table: pd.DataFrame) -> str:
-    """Returns a table as HTML, with numbers to three digits; it scrolls by itself where the screen is narrow."""
-    names = [HEADINGS.get(name, str(name).replace("_", " ")) for name in table]
-    kinds = [' class="text"' if pd.api.types.is_string_dtype(table[name]) else "" for name in table]
-    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
-    rows = []
-    for row in table.itertuples(index=False):
-        cells = (f"<td{kind}>{html.escape(format_cell(value))}</td>" for kind, value in zip(kinds, row, strict=True))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    text: str = ""
+    figures: Sequence[str] = ()
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    details: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def format_cell(value: object) -> str:
-    """Formats a value for reading: whole numbers whole, others to three digits, what is missing as a dash."""
+    """Formats a value for reading: integers in full, other numbers to three digits, a missing value as a dash."""
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
@@ -51,7 +48,78 @@ def format_cell(value: object) -> str:
     return f"{value:.3g}"
 
 
-PAGE = """<!DOCTYPE html>
+# --- HTML ---
+
+
+def html_page(
+    title: str,
+    opening: str,
+    sections: Iterable[Section],
+    images: Mapping[str, bytes],
+    captions: Mapping[str, str],
+    *,
+    headings: Mapping[str, str],
+    style: str = "",
+) -> str:
+    """Returns a self-contained page: figures are embedded, and there is no script, font or address to load.
+
+    Args:
+        title: Title of the page, as text.
+        opening: What comes before the first section, as HTML.
+        sections: In reading order.
+        images: PNG files, by the names that sections use.
+        captions: Text below each figure, by the same names.
+        headings: Column names that tables show under another name.
+        style: CSS that this page has beside that of all pages.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>", opening]
+    body += [_html_section(section, images, captions, headings) for section in sections]
+    return _PAGE.format(title=html.escape(title), style=_CSS + style, body="\n".join(body))
+
+
+def _html_section(
+    section: Section, images: Mapping[str, bytes], captions: Mapping[str, str], headings: Mapping[str, str]
+) -> str:
+    parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.figures:
+        figures = "".join(_html_figure(name, images[name], captions[name]) for name in section.figures)
+        parts.append(f'<div class="figures">{figures}</div>')
+    for title, table in section.tables.items():
+        parts.append(f"<h3>{html.escape(title)}</h3>{html_table(table, headings)}")
+    for title, table in section.details.items():
+        summary = f"<summary>{html.escape(title)}</summary>"
+        parts.append(f"<details>{summary}{html_table(table, headings)}</details>")
+    return "".join([*parts, "</section>"])
+
+
+def _html_figure(name: str, image: bytes, caption: str) -> str:
+    data = base64.b64encode(image).decode()
+    return (
+        f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def html_table(table: pd.DataFrame, headings: Mapping[str, str]) -> str:
+    """Returns a table as HTML, in a box of its own that scrolls where the screen is narrow.
+
+    Args:
+        table: What to show.
+        headings: Column names to show under another name; the others are shown with spaces for underscores.
+    """
+    names = [headings.get(name, str(name).replace("_", " ")) for name in table]
+    kinds = [' class="text"' if pd.api.types.is_string_dtype(table[name]) else "" for name in table]
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
+    rows = []
+    for row in table.itertuples(index=False):
+        cells = (f"<td{kind}>{html.escape(format_cell(value))}</td>" for kind, value in zip(kinds, row, strict=True))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -66,7 +134,7 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
-CSS = """
+_CSS = """
 :root { color-scheme: light; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
@@ -102,30 +170,48 @@ summary { cursor: pointer; color: var(--accent); }
 }
 @media print { details { break-inside: avoid; } figure { break-inside: avoid; } }
 """
-HEADINGS = {
-    "rmse": "nRMSE",
-    "rmse_raw": "RMSE, raw",
-    "r2": "R²",
-    "nll": "NLL (nats)",
-    "nll_raw": "NLL, raw",
-    "crps": "CRPS",
-    "crps_raw": "CRPS, raw",
-    "mean_z2": "mean z²",
-    "ece": "calibration error",
-    **{f"coverage_{level}": f"in {level} % interval" for level in (50, 80, 90, 95)},
-    "auroc": "AUROC",
-    "auroc_worst": "AUROC, worst 10 %",
-    "q10": "10 %",
-    "q25": "25 %",
-    "q75": "75 %",
-    "q90": "90 %",
-    "no_change": "no change",
-    "horizon": "steps",
-}
+
+
+# --- Markdown ---
+
+
+def markdown_page(title: str, opening: Iterable[str], sections: Iterable[Section], captions: Mapping[str, str]) -> str:
+    """Returns a report as Markdown that shows the figures from PNG files beside it.
+
+    Args:
+        title: Of the page.
+        opening: Paragraphs before the first section.
+        sections: In reading order.
+        captions: Text below each figure, by name.
+    """
+    parts = [f"# {title}", *opening]
+    for section in sections:
+        parts += [f"## {section.title}", section.text]
+        parts += [markdown_figure(Path(f"{name}.png"), captions[name]) for name in section.figures]
+        for name, table in section.tables.items():
+            parts += [f"**{name}**", markdown_table(table, table.itertuples(index=False))]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Returns a Markdown table; values that are not text yet are formatted by ``format_cell``."""
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *([format_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_figure(path: Path, caption: str) -> str:
+    """Returns a figure with its caption below; the file's name is its alternative text."""
+    return f"![{path.stem}]({path.as_posix()})\n\n{caption}"
+
+
+def markdown_details(title: str, text: str) -> str:
+    """Returns Markdown that is folded away below its title."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def replace_section(path: str | os.PathLike[str], name: str, text: str) -> None:
-    """Replaces what a document has between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, each a line of its own.
+    """Replaces the text between the lines ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of a document.
 
     Raises:
         ValueError: If the document lacks one of these lines.

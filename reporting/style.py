@@ -1,6 +1,6 @@
-"""How every figure looks: colours that everyone can tell, one style, PNG.
+"""How every figure looks: one style, PNG, and colours that colour-blind readers can tell apart.
 
-Colours are those of Okabe and Ito (2008); where lines could still be mixed up, they differ in style or marker too.
+The colours are those of Okabe and Ito (2008); lines that could still be mixed up differ in style or marker, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ STYLE = {
 }
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int) -> bytes:
+    """Returns a figure as a PNG file, without the version of what drew it: the same figure is the same file."""
     image = io.BytesIO()
-    figure.savefig(image, dpi=200, metadata={"Software": None})  # the same figure is the same file
+    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
     return image.getvalue()

@@ -1,7 +1,9 @@
-"""What a study's cells say: tidy tables, from the cells' tables alone, so that analysing again needs no training.
+"""The analysis of a study: from the tables of its cells alone to tidy tables, so that analysing again trains nothing.
 
-All errors are in normalised units (1 is a typical change in one step). Comparisons are ratios of an arm's error to a
-reference arm's, below 1 where the arm is better, between runs with the same seed on the same test trajectories.
+All errors are in normalised units (1 is a typical change in one step). Comparisons are ratios of an arm's error to that
+of a reference arm, below 1 where the arm is better, between runs with the same seed on the same test trajectories.
+
+In all tables ``low`` and ``high`` are the limits of a 95 % interval, unless a column list says otherwise.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from study.cells import Result
+from study.cells import CellKey, Result
 from study.paired_statistics import (
     REPLICATES,
     Estimate,
@@ -41,11 +43,19 @@ POOLED = "all datasets"
 LONGEST_HORIZON = 25
 _PAIRED = ["metric", "arm", "reference", "dataset", "horizon", "pairs", "trajectories", "ratio", "low", "high"]
 _PAIRED += ["p_value", "p_holm"]
-_ERROR_CAP = 1e6  # what the error of a rollout counts that left the floating-point numbers
+_ERROR_CAP = 1e6  # what the error of a rollout counts at most: it may overflow
 
 Tables = dict[str, pd.DataFrame]
-Results = Mapping[tuple[str, str, int], Result]
-"""Results by arm, dataset and seed; a cell that has not run is not there."""
+Results = Mapping[CellKey, Result]
+"""Results by their place in the grid; a cell that has not run is not there."""
+
+
+class ErrorKey(NamedTuple):
+    """Which error of which arm on which dataset."""
+
+    metric: str
+    arm: str
+    dataset: str
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,9 @@ class LogErrors:
     """Log of one error of one arm on one dataset.
 
     Attributes:
-        by_seed: Of all test trajectories, by seed; seeds whose training failed are not there.
+        by_seed: Of all test trajectories, by seed; seeds whose training failed are left out.
         replicates: The same under resampled trajectories, ``(B,)`` by seed; all arms and seeds share the draws.
-        trajectories: How many there are to resample.
+        trajectories: How many test trajectories there are.
     """
 
     by_seed: dict[int, float]
@@ -79,30 +89,16 @@ class LogErrors:
 
 
 def analyse(results: Results) -> Tables:
-    """Analyses a study.
+    """Analyses a study; each table is documented by the function that makes it.
 
     Returns:
-        Tables by name:
-
-        - ``cells``: arm, dataset, seed, fit_lr, failure, the three errors, what ``stability`` is made of, seconds, and
-          every headline number of the evaluation;
-        - ``values``: metric, dataset, arm, seeds, value (geometric mean over seeds; of ``sd_log_nrmse`` itself), low,
-          high;
-        - ``paired``: metric, arm, reference, dataset, horizon, pairs, trajectories, ratio, low, high, p_value, p_holm
-          (adjusted over all datasets and pairs of arms of the metric); ``all datasets`` is the mean log ratio;
-        - ``aggregates``: metric, arm, iqm (of errors over the dataset's geometric mean), low, high;
-        - ``improvement``: metric, arm, reference, probability, low, high;
-        - ``stability``: arm, dataset, runs, failed, sd_log_nrmse, jitter, worst_to_median, exploded;
-        - ``horizon``: arm, dataset, propagation, horizon, error (geometric mean over seeds of medians), low, high
-          (smallest and largest seed);
-        - ``reliability``: arm, dataset, variant, promised, observed (mean over seeds).
+        ``cells``, ``values``, ``paired``, ``aggregates``, ``improvement``, ``stability``, ``horizon``, ``reliability``.
     """
-    arms, datasets = (list(dict.fromkeys(key[place] for key in results)) for place in (0, 1))
+    arms = list(dict.fromkeys(key.arm for key in results))
+    datasets = list(dict.fromkeys(key.dataset for key in results))
     horizons = {dataset: primary_horizon(results, dataset) for dataset in datasets}
-    logs = {
-        (metric, arm, dataset): log_errors(results, metric, arm, dataset, horizons[dataset])
-        for metric, arm, dataset in itertools.product(ERRORS, arms, datasets)
-    }
+    keys = itertools.starmap(ErrorKey, itertools.product(ERRORS, arms, datasets))
+    logs = {key: log_errors(results, key, horizons[key.dataset]) for key in keys}
     cells = cells_table(results, logs, horizons)
     return {
         "cells": cells,
@@ -116,9 +112,12 @@ def analyse(results: Results) -> Tables:
 
 
 def primary_horizon(results: Results, dataset: str) -> int:
-    """Returns the longest kept horizon, 25 at most, for which half of the start points have enough recorded steps."""
+    """Returns the horizon of the long-rollout error.
+
+    It is the longest one of at most 25 steps that half of the start points reach before their trajectory ends.
+    """
     for key, result in results.items():
-        if key[1] == dataset and result.failure is None:
+        if key.dataset == dataset and result.failure is None:
             counts = result.tables["starts"].groupby("horizon").size()
             return int(max(step for step in counts.index if step <= LONGEST_HORIZON and 2 * counts[step] >= counts[1]))
     return LONGEST_HORIZON  # every training has failed
@@ -127,13 +126,18 @@ def primary_horizon(results: Results, dataset: str) -> int:
 # --- Errors, and their resampling over trajectories ---
 
 
-def log_errors(results: Results, metric: str, arm: str, dataset: str, horizon: int) -> LogErrors:
-    """Gathers one error of one arm on one dataset; the same trajectories are drawn for every arm."""
+def log_errors(results: Results, wanted: ErrorKey, horizon: int) -> LogErrors:
+    """Gathers one error of one arm on one dataset, by seed.
+
+    Args:
+        results: Of the study.
+        wanted: Which error.
+        horizon: Steps at which the error of rollouts is taken.
+    """
     by_seed, replicates, trajectories = {}, {}, 0
     for key, result in results.items():
-        if key[:2] == (arm, dataset) and result.failure is None:
-            values = _log_values(result, metric, horizon)
-            by_seed[key[2]], replicates[key[2]], trajectories = values
+        if (key.arm, key.dataset) == (wanted.arm, wanted.dataset) and result.failure is None:
+            by_seed[key.seed], replicates[key.seed], trajectories = _log_values(result, wanted.metric, horizon)
     return LogErrors(by_seed, replicates, trajectories)
 
 
@@ -148,41 +152,43 @@ def _log_values(result: Result, metric: str, horizon: int) -> tuple[float, np.nd
     identities, place = np.unique(table.trajectory, return_inverse=True)
     counts = np.vstack([np.ones(len(identities)), resample_counts(len(identities), REPLICATES, seed=0)])
     logs = np.log(combine(values.to_numpy(), counts[:, place] * np.asarray(weights)))
-    logs = logs / 2 if metric == "nrmse" else logs  # the root of the mean square
+    logs = logs / 2 if metric == "nrmse" else logs  # root of the mean square
     return float(logs[0]), logs[1:], len(identities)
 
 
 # --- Tables ---
 
 
-def cells_table(
-    results: Results, logs: dict[tuple[str, str, str], LogErrors], horizons: dict[str, int]
-) -> pd.DataFrame:
-    """One line per cell, failed ones included: their errors are empty."""
+def cells_table(results: Results, logs: Mapping[ErrorKey, LogErrors], horizons: Mapping[str, int]) -> pd.DataFrame:
+    """Lists every cell with its numbers; those of a cell that failed are empty.
+
+    Returns:
+        arm, dataset, seed, fit_lr, failure (why training failed), nrmse, rollout_error, crps_recalibrated, jitter,
+        worst_to_median, exploded (see ``instability``), seconds, and all other headline numbers of the evaluation.
+    """
     records = []
-    for (arm, dataset, seed), result in results.items():
-        outcome = result.record["outcome"]
+    for key, result in results.items():
+        outcome = result.record.outcome
+        errors = {name: logs[ErrorKey(name, key.arm, key.dataset)].by_seed.get(key.seed, np.nan) for name in ERRORS}
         record = {
-            "arm": arm,
-            "dataset": dataset,
-            "seed": seed,
-            "fit_lr": result.record["request"]["config"]["fit_lr"],
-            "failure": outcome["failure"],
-            **{metric: np.exp(logs[metric, arm, dataset].by_seed.get(seed, np.nan)) for metric in ERRORS},
-            **instability(result, horizons[dataset]),
-            "seconds": outcome["seconds"],
+            **key._asdict(),
+            "fit_lr": result.record.request.config.fit_lr,
+            "failure": outcome.failure,
+            **{name: np.exp(error) for name, error in errors.items()},
+            **instability(result, horizons[key.dataset]),
+            "seconds": outcome.seconds,
         }
-        records.append(record | {name: value for name, value in outcome["metrics"].items() if name not in record})
+        records.append(record | {name: value for name, value in outcome.metrics.items() if name not in record})
     return pd.DataFrame(records)
 
 
 def instability(result: Result, horizon: int) -> dict[str, float]:
-    """Returns what is unstable within one cell; nan where training failed.
+    """Measures how unstable one cell is; everything is nan where training failed.
 
-    ``jitter`` is the mean rise of log validation error from one epoch to the next, falls counting 0, over epochs and
-    members: 0 for a curve that only falls. ``worst_to_median`` divides the one-step errors of the worst and the median
-    member. ``exploded`` is the share of tsinf paths that by the horizon have left the data's range by more than its
-    width.
+    Returns:
+        ``jitter``: mean rise of log validation error from one epoch to the next, over epochs and members, where a fall
+        counts 0; ``worst_to_median``: one-step error of the worst member over that of the median one; ``exploded``:
+        share of tsinf paths that by the horizon have left the data's range by more than its width.
     """
     if result.failure is not None:
         return dict.fromkeys(("jitter", "worst_to_median", "exploded"), np.nan)
@@ -198,8 +204,13 @@ def instability(result: Result, horizon: int) -> dict[str, float]:
     }
 
 
-def values_table(logs: dict[tuple[str, str, str], LogErrors]) -> pd.DataFrame:
-    """Each arm's own errors, with intervals over seeds and trajectories; and their spread over seeds."""
+def values_table(logs: Mapping[ErrorKey, LogErrors]) -> pd.DataFrame:
+    """Lists the errors of each arm on each dataset, and their spread over seeds.
+
+    Returns:
+        metric, dataset, arm, seeds (how many), value (geometric mean over seeds; for ``sd_log_nrmse`` the standard
+        deviation itself, without interval), low, high.
+    """
     records = []
     for (metric, arm, dataset), errors in logs.items():
         record = {"dataset": dataset, "arm": arm, "seeds": len(errors.by_seed)}
@@ -211,18 +222,23 @@ def values_table(logs: dict[tuple[str, str, str], LogErrors]) -> pd.DataFrame:
 
 
 def paired_table(
-    logs: dict[tuple[str, str, str], LogErrors], arms: list[str], datasets: list[str], horizons: dict[str, int]
+    logs: Mapping[ErrorKey, LogErrors], arms: Sequence[str], datasets: Sequence[str], horizons: Mapping[str, int]
 ) -> pd.DataFrame:
-    """Ratios between every two arms: per dataset, each with its interval, and their mean over datasets."""
+    """Compares every two arms on every dataset, and over all datasets, where the log ratio is the mean of theirs.
+
+    Returns:
+        metric, arm, reference, dataset (or ``all datasets``), horizon (of the rollout error), pairs (of runs),
+        trajectories (that tested them), ratio, low, high, p_value, p_holm (adjusted over all datasets and pairs of arms
+        of the metric).
+    """
     records = []
     for reference, arm in itertools.combinations(arms, 2):
         for metric in ERRORS:
-            pairs = {d: (logs[metric, arm, d], logs[metric, reference, d]) for d in datasets}
+            pairs = _pairs(logs, metric, arm, reference, datasets)
             for record in compare_errors(pairs):
                 horizon = horizons.get(record["dataset"]) if metric == "rollout_error" else None
                 records.append({"metric": metric, "arm": arm, "reference": reference, "horizon": horizon, **record})
-        pairs = {d: (logs["nrmse", arm, d], logs["nrmse", reference, d]) for d in datasets}
-        for record in compare_stability(pairs):
+        for record in compare_stability(_pairs(logs, "nrmse", arm, reference, datasets)):
             records.append({"metric": "sd_log_nrmse", "arm": arm, "reference": reference, **record})
     table = pd.DataFrame(records, columns=_PAIRED)
     for metric in table.metric.unique():
@@ -233,11 +249,15 @@ def paired_table(
 
 
 Pairs = dict[str, tuple[LogErrors, LogErrors]]
-"""By dataset, an arm's errors and the reference's."""
+"""By dataset, the errors of an arm and those of its reference."""
+
+
+def _pairs(logs: Mapping[ErrorKey, LogErrors], metric: str, arm: str, reference: str, datasets: Sequence[str]) -> Pairs:
+    return {d: (logs[ErrorKey(metric, arm, d)], logs[ErrorKey(metric, reference, d)]) for d in datasets}
 
 
 def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
-    """Returns the ratio of errors on each dataset where a pair of runs has finished, and the mean over datasets."""
+    """Returns the ratio of errors on each dataset that has a pair of finished runs, and the mean over datasets."""
     records, estimates = [], []
     for dataset, (arm, reference) in pairs.items():
         ratio = arm.minus(reference)
@@ -250,9 +270,9 @@ def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
 
 
 def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
-    """Returns the ratio of standard deviations over seeds, on each dataset with two pairs of runs, and the mean.
+    """Returns the ratio of standard deviations over seeds on each dataset that has two pairs of runs, and the mean.
 
-    Seeds are the only random factor here: it is the spread on these test trajectories.
+    Seeds are the only random factor here: the spread is the one on these test trajectories.
     """
     records, spreads = [], []
     for dataset, (arm, reference) in pairs.items():
@@ -265,17 +285,22 @@ def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
 
 
 def _pooled(records: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
-    """Returns the line for all datasets. It has no p-value: it sums up these datasets and tests no others."""
+    """Returns the line for all datasets; it has no p-value, as it only sums up these datasets."""
     if not records:
         return []
     pairs = sum(record["pairs"] for record in records)
     return [{"dataset": POOLED, "pairs": pairs, **_exponentials(pool(estimates), "ratio")}]
 
 
-def aggregate_tables(cells: pd.DataFrame, arms: list[str], datasets: list[str]) -> Tables:
-    """Interquartile means and probabilities of improvement, over the seeds that have run everywhere.
+def aggregate_tables(cells: pd.DataFrame, arms: Sequence[str], datasets: Sequence[str]) -> Tables:
+    """Sums up the seeds that have run everywhere, unpaired; a training that failed loses every comparison.
 
-    A training that failed has an infinite error: it loses every comparison.
+    Returns:
+        Two tables:
+
+        - ``aggregates``: metric, arm, iqm (interquartile mean of errors, each over the geometric mean of its dataset),
+          low, high;
+        - ``improvement``: metric, arm, reference, probability (that a run of the arm has a lower error), low, high.
     """
     runs = cells.groupby("seed").size()
     seeds = runs.index[runs == len(arms) * len(datasets)]
@@ -300,7 +325,12 @@ def aggregate_tables(cells: pd.DataFrame, arms: list[str], datasets: list[str]) 
 
 
 def stability_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """What is unstable, per arm and dataset: means over the seeds whose training did not fail."""
+    """Sums up how unstable each arm is on each dataset: means over the seeds whose training did not fail.
+
+    Returns:
+        arm, dataset, runs, failed (how many), sd_log_nrmse (standard deviation over seeds of the log of the one-step
+        error), jitter, worst_to_median, exploded (see ``instability``).
+    """
     groups = cells.groupby(["arm", "dataset"], sort=False)
     table = groups[["jitter", "worst_to_median", "exploded"]].mean()
     table.insert(0, "sd_log_nrmse", groups.nrmse.agg(lambda errors: _standard_deviation(np.log(errors.dropna()))))
@@ -310,33 +340,38 @@ def stability_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def horizon_table(results: Results) -> pd.DataFrame:
-    """Error against horizon: over seeds, the geometric mean, the smallest and the largest of the medians."""
-    table = _collect(results, "rollout")
+    """Follows the error of rollouts over the horizon.
+
+    Returns:
+        arm, dataset, propagation, horizon, error (geometric mean over seeds of the median over start points), low, high
+        (smallest and largest seed).
+    """
+    table = _of_all_cells(results, "rollout")
     table["error"] = table["median"].clip(upper=_ERROR_CAP)
     groups = table.groupby(["arm", "dataset", "propagation", "horizon"], sort=False)["error"]
     return groups.agg(error=lambda errors: np.exp(np.log(errors).mean()), low="min", high="max").reset_index()
 
 
 def reliability_table(results: Results) -> pd.DataFrame:
-    """Promised and observed coverage, the mean over seeds."""
-    table = _collect(results, "reliability")
+    """Compares how often intervals hold the truth with how often they promise to.
+
+    Returns:
+        arm, dataset, variant, promised (coverage), observed (coverage, mean over seeds).
+    """
+    table = _of_all_cells(results, "reliability")
     return table.groupby(["arm", "dataset", "variant", "promised"], sort=False)["observed"].mean().reset_index()
 
 
-def _collect(results: Results, name: str) -> pd.DataFrame:
-    """Returns one table of all cells that did not fail, with the cell's arm, dataset and seed."""
+def _of_all_cells(results: Results, name: str) -> pd.DataFrame:
+    """Joins one table of all cells that did not fail, with columns for arm, dataset and seed."""
     return pd.concat(
-        [
-            result.tables[name].assign(arm=arm, dataset=dataset, seed=seed)
-            for (arm, dataset, seed), result in results.items()
-            if result.failure is None
-        ],
+        [result.tables[name].assign(**key._asdict()) for key, result in results.items() if result.failure is None],
         ignore_index=True,
     )
 
 
 def _exponentials(estimate: Estimate, name: str) -> dict[str, float]:
-    """Returns an estimate of a log and its limits, back from the log."""
+    """Returns an estimate of a log, and its limits, as values again."""
     return {name: np.exp(estimate.mean), "low": np.exp(estimate.low), "high": np.exp(estimate.high)}
 
 

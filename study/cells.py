@@ -1,42 +1,37 @@
-"""One cell of a study: an arm trained and evaluated on one dataset with one seed, and the folder that keeps it.
+"""One cell of a study: an arm trained and evaluated on one dataset with one seed.
 
-cell.json      what was asked for (``request``), how it ended (``outcome``), where it came from (``origin``)
-training.csv   one row per epoch and member, as ``learn_model.py`` writes them
-*.csv          tables of ``evaluation.evaluate``, of which those rows are kept that studies use
-
-``run_cell`` is a function of its arguments alone, so that a cell gives the same numbers in whichever process it runs,
-if processors are of one kind; ``Cell.write`` makes its folder appear whole, however the process ends.
+``run_cell`` depends on its arguments alone: on processors of one kind, a cell gives the same numbers in whichever
+process it runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from config import LearnConfig
-from data.trajectories import Dataset, gather_transitions, split_trajectories
+from config import LearnConfig, config_from_dict
+from data.trajectories import Dataset, Split, gather_transitions, split_trajectories
 from evaluation.evaluate import evaluate, summarise
-from tracking.trackers import NullTracker, Row
+from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
-from training.scores import score_members
-from utils import InputError, Origin, atomic_write
+from training.scores import metric_rows, score_members
+from utils import Origin, atomic_write
 
 HOLDOUT_RATIO = TEST_RATIO = 0.2
 HORIZONS = (1, 5, 10, 25, 50, 100, 200)
 MAX_STARTS = 256
 
-# The tables of an evaluation that a study keeps, and which of their rows; None for all.
+# The tables of an evaluation that a study keeps, and which of their rows; None keeps all.
 _KEPT = {
     "one_step": "dimension == 'all'",
     "likelihood": "dimension == 'all'",
@@ -49,17 +44,74 @@ _KEPT = {
 }
 
 
+# --- What is asked for ---
+
+
+class CellKey(NamedTuple):
+    """The place of a cell in the grid; the dataset is named as in tables."""
+
+    arm: str
+    dataset: str
+    seed: int
+
+
 @dataclass(frozen=True)
-class Cell:
-    """What to train and how to evaluate it; everything that decides the result.
+class CellRequest:
+    """Everything that decides the result of a cell.
 
     Attributes:
         arm: Name of the configuration.
-        dataset: Name of the dataset.
+        dataset: Name of the dataset, as it was given.
+        sha256: Checksum of the dataset.
+        holdout_ratio: Share of the trajectories that validates.
+        test_ratio: Share of the trajectories that tests.
+        device: Where it is computed.
+        threads: Threads that compute; the last bits of sums may depend on their number.
+        config: Settings, seed and learning rate included.
+    """
+
+    arm: str
+    dataset: str
+    sha256: str
+    holdout_ratio: float
+    test_ratio: float
+    device: str
+    threads: int
+    config: LearnConfig
+
+    def settings(self) -> dict[str, Any]:
+        """Returns everything by name, in plain types, the settings of the configuration among the rest."""
+        return {name: value for name, value in vars(self).items() if name != "config"} | self.config.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the request as JSON keeps it."""
+        return {**vars(self), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> CellRequest:
+        """Reads a request back; a setting that did not exist yet when it was written has its default.
+
+        Args:
+            values: What ``to_dict`` gave.
+            source: Where they come from, for the error message.
+
+        Raises:
+            InputError: If there is a setting that does not exist any more.
+        """
+        return cls(**{**values, "config": config_from_dict(values["config"], source)})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training to do, and where it stands in a study.
+
+    Attributes:
+        arm: Name of the configuration.
+        dataset: Name of the dataset, as it was given.
         config: Settings, seed and learning rate included; its ``split_seed`` is the study's.
-        is_trial: Whether the cell serves the choice of a learning rate only: trained, but never tested.
+        is_trial: Whether the cell only helps to choose a learning rate: it is trained, but not tested.
         device: Where to compute.
-        threads: To compute with: sums may depend on their number in the last bits.
+        threads: Threads to compute with.
     """
 
     arm: str
@@ -70,53 +122,100 @@ class Cell:
     threads: int
 
     @property
-    def name(self) -> str:
-        """Place of the cell in a study, as a relative path."""
-        dataset = Path(self.dataset).stem
-        if self.is_trial:
-            return f"trials/{self.arm}/{dataset}/rate-{self.config.fit_lr:g}"
-        return f"cells/{self.arm}/{dataset}/seed-{self.config.seed}"
+    def key(self) -> CellKey:
+        """Place of the cell in the grid."""
+        return CellKey(self.arm, short_name(self.dataset), self.config.seed)
 
-    def request(self, sha256: str) -> dict[str, Any]:
-        """Returns what decides the result, in plain types; a cell is done only where this is equal."""
-        return {
-            "arm": self.arm,
-            "dataset": self.dataset,
-            "sha256": sha256,
-            "holdout_ratio": HOLDOUT_RATIO,
-            "test_ratio": TEST_RATIO,
-            "device": self.device,
-            "threads": self.threads,
-            "config": self.config.to_dict(),
-        }
+    @property
+    def name(self) -> str:
+        """Place of the cell in the study's folder, as a relative path."""
+        if self.is_trial:
+            return f"trials/{self.arm}/{short_name(self.dataset)}/rate-{self.config.fit_lr:g}"
+        return f"cells/{self.arm}/{short_name(self.dataset)}/seed-{self.config.seed}"
+
+    def request(self, sha256: str) -> CellRequest:
+        """Returns what decides the result on a dataset with this checksum; a cell is done only where this is equal."""
+        return CellRequest(
+            self.arm, self.dataset, sha256, HOLDOUT_RATIO, TEST_RATIO, self.device, self.threads, self.config
+        )
+
+
+def short_name(dataset: str) -> str:
+    """Returns the name of a dataset in tables and folders: of a path the file's, without its ending."""
+    return Path(dataset).stem
+
+
+def split_dataset(dataset: Dataset, split_seed: int) -> Split:
+    """Splits the trajectories as all cells do: 60 % train, 20 % validate, 20 % test."""
+    return split_trajectories(dataset, split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
+
+
+# --- What became of it ---
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """How a cell ended.
+
+    Attributes:
+        failure: Why training failed; None where it did not.
+        val_mse: Mean validation error of the members, normalised units; None where training failed.
+        metrics: Headline numbers of the evaluation by name; empty for trials and where training failed.
+        seconds: Time that the cell took.
+    """
+
+    failure: str | None
+    val_mse: float | None
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """The contents of ``cell.json``: what was asked for, how it ended, and which code made it."""
+
+    request: CellRequest
+    outcome: CellOutcome
+    origin: Origin
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record as JSON keeps it."""
+        return {"request": self.request.to_dict(), "outcome": vars(self.outcome), "origin": vars(self.origin)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> CellRecord:
+        """Reads a record back, from what ``to_dict`` gave and the name of where it was kept."""
+        request = CellRequest.from_dict(values["request"], source)
+        return cls(request, CellOutcome(**values["outcome"]), Origin(**values["origin"]))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a cell.
+    """What a cell left.
 
     Attributes:
-        record: Contents of ``cell.json``.
-        tables: By name, ``training`` among them; of a failed run that one only.
+        record: What ``cell.json`` holds.
+        tables: By name: ``training`` (one row per epoch and member, as ``learn_model.py`` writes them) and, of a cell
+            that was tested, tables of ``evaluation.evaluate``.
     """
 
-    record: dict[str, Any]
+    record: CellRecord
     tables: dict[str, pd.DataFrame]
 
     @property
     def failure(self) -> str | None:
         """Why training failed; None where it did not."""
-        return self.record["outcome"]["failure"]
+        return self.record.outcome.failure
 
     def write(self, folder: Path) -> None:
-        """Makes the cell's folder, all at once."""
+        """Makes a folder with ``cell.json`` and a CSV file per table; it appears whole or not at all."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             for name, table in self.tables.items():
                 table.to_csv(unfinished / f"{name}.csv", index=False, float_format="%.9g")
             with atomic_write(unfinished / "cell.json", "w") as file:
-                json.dump(self.record, file, indent=2)
+                json.dump(self.record.to_dict(), file, indent=2)
             unfinished.chmod(0o755)
             unfinished.rename(folder)
         finally:
@@ -124,72 +223,59 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result:
-        """Reads a cell's folder."""
-        record = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        return cls(record, {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))})
+        """Reads the folder of a cell."""
+        return cls(read_record(folder), {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))})
 
 
-def check_request(folder: Path, request: dict[str, Any]) -> None:
-    """Checks that a cell's folder, where there is one, holds the result of this request.
-
-    Raises:
-        InputError: If it holds that of another.
-    """
-    if not folder.exists():
-        return
-    found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["request"]
-    found, wanted = ({**given, **given["config"], "config": None} for given in (found, request))
-    for key in sorted(wanted.keys() | found.keys()):
-        if found.get(key) != wanted.get(key):
-            raise InputError(
-                f"{str(folder)!r} was made with {key} {found.get(key)!r}, asked for is {wanted.get(key)!r}; give "
-                "another --output, or delete that folder to have its cell made again"
-            )
+def read_record(folder: Path) -> CellRecord:
+    """Reads ``cell.json`` in the folder of a cell."""
+    path = folder / "cell.json"
+    return CellRecord.from_dict(json.loads(path.read_text(encoding="utf-8")), source=str(path))
 
 
-class _Recorder(NullTracker):
-    """Keeps the rows of training."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def log_epoch(self, epoch: int, rows: list[Row]) -> None:
-        """Takes the numbers of one epoch."""
-        self.rows += rows
+# --- Running it ---
 
 
 def run_cell(cell: Cell, dataset: Dataset) -> Result:
     """Trains and evaluates one cell on the dataset that it names; a training that diverges is a result, too."""
-    start, recorder = time.monotonic(), _Recorder()
+    start, training = time.monotonic(), []
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
+    failure, val_mse, metrics, tables = None, None, {}, {}
     try:
         with threadpool_limits(cell.threads, user_api="blas"):
-            tables, outcome = _train_and_evaluate(cell, dataset, recorder)
+            val_mse, metrics, tables = _train_and_evaluate(cell, dataset, training)
     except FloatingPointError as error:
-        tables, outcome = {}, {"failure": str(error), "val_mse": None, "metrics": {}}
+        failure = str(error)
     finally:
         torch.set_num_threads(threads)
-    record = {
-        "request": cell.request(dataset.sha256),
-        "outcome": outcome | {"seconds": round(time.monotonic() - start, 1)},
-        "origin": dataclasses.asdict(Origin.here()),
-    }
-    return Result(record, {"training": pd.DataFrame(recorder.rows), **tables})
+    outcome = CellOutcome(failure, val_mse, metrics, seconds=round(time.monotonic() - start, 1))
+    if training:  # a table without rows would be a file that cannot be read
+        tables = {"training": pd.DataFrame(training), **tables}
+    return Result(CellRecord(cell.request(dataset.sha256), outcome, Origin.here()), tables)
 
 
 def _train_and_evaluate(
-    cell: Cell, dataset: Dataset, tracker: NullTracker
-) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    split = split_trajectories(dataset, cell.config.split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
+    cell: Cell, dataset: Dataset, training: list[dict[str, float | int | None]]
+) -> tuple[float, dict[str, float], dict[str, pd.DataFrame]]:
+    """Returns the mean validation error, the headline numbers and the tables of the evaluation.
+
+    Args:
+        cell: What to train and evaluate.
+        dataset: The dataset that it names.
+        training: Gets the rows of ``training.csv``, as far as training comes.
+    """
+    split = split_dataset(dataset, cell.config.split_seed)
     transitions = gather_transitions(dataset, split.train)
     ensemble = build_ensemble(cell.config, transitions).to(cell.device)
-    train, holdout = ensemble.normalise(transitions), ensemble.normalise(gather_transitions(dataset, split.holdout))
-    train_ensemble(ensemble, cell.config, train, holdout, tracker)
+    train = normalise_rows(ensemble, transitions)
+    holdout = normalise_rows(ensemble, gather_transitions(dataset, split.holdout))
+    for epoch in train_ensemble(ensemble, cell.config, train, holdout):
+        training += metric_rows(ensemble, cell.config, epoch)
     scores = score_members(ensemble, train, holdout)
-    outcome = {"failure": None, "val_mse": sum(score["val_mse"] for score in scores) / len(scores)}
+    val_mse = sum(score["val_mse"] for score in scores) / len(scores)
     if cell.is_trial:
-        return {}, outcome | {"metrics": {}}
+        return val_mse, {}, {}
     tables = evaluate(ensemble, dataset, split.test, transitions, horizons=HORIZONS, max_starts=MAX_STARTS)
     kept = {name: tables[name].query(rows) if rows else tables[name] for name, rows in _KEPT.items()}
-    return kept, outcome | {"metrics": summarise(tables, HORIZONS)}
+    return val_mse, summarise(tables, HORIZONS), kept

@@ -1,32 +1,36 @@
-"""Writes the numbers of README.md's section "Results" from the tables of the published studies.
+"""Publishes studies: writes their numbers into README.md's section "Results", and packs their cells.
 
     python -m study.publish results/tier1 results/tier2_doubled
 
 puts, between two marker comments, the answer of the first study with its table and three figures, and below it the
-tables of every other study that there is. What ``make study`` has made is published by ``make results``.
+tables of every further study. Then it moves the cells of each study from their folders into one file, its
+``cells.parquet``: no command may be at work on a study that is published. What ``make study`` has made is published by
+``make results``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from cli import CommandLine, exit_on_input_error
-from reporting.page import replace_section
+from reporting.page import markdown_details, markdown_figure, markdown_table, replace_section
 from study.analysis import POOLED
-from study.report import ANSWERS_INTRO, CAPTIONS, answers, markdown_table, rates_at_the_edge, side_by_side
-from utils import InputError
+from study.figures import CAPTIONS
+from study.report import ANSWERS_INTRO, answers, rates_at_the_edge, side_by_side
+from study.store import pack
+from study.tracker import study_command
+from utils import ROOT, InputError
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 FIGURES = ("horizon", "calibration", "stability")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Replaces the section's numbers."""
+    """Replaces the section's numbers and packs the studies."""
     args = parse_arguments(argv)
     with exit_on_input_error():
         main_study, *others = args.studies
@@ -35,12 +39,17 @@ def main(argv: list[str] | None = None) -> int:
             replace_section(args.readme, "results", "\n\n".join(parts))
         except ValueError as error:
             raise InputError(str(error)) from None
+    for folder in args.studies:
+        pack(folder)
     return 0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = CommandLine(description="Write the numbers of README.md's section Results from studies' tables.")
+    parser = CommandLine(
+        description="Write the numbers of studies into README.md's section Results, and pack the cells of each study "
+        "into its cells.parquet."
+    )
     parser.add_argument(
         "studies", nargs="+", type=Path, help="folders that compare_models.py wrote, the main one first"
     )
@@ -61,39 +70,35 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
 
 
 def main_part(folder: Path, root: Path) -> str:
-    """Returns the answer of the main study: sentences, table, figures, limits and origin."""
-    paired = read_table(folder, "paired")
+    """Returns the answer of the main study: sentences, table, figures, limits and origin.
+
+    Args:
+        folder: Of the study.
+        root: Folder of the document that shows it.
+    """
     shown = folder.resolve().relative_to(root.resolve())
-    figures = [f"![{name}]({shown / f'{name}.png'})\n\n{CAPTIONS[name]}" for name in FIGURES]
-    edge = rates_at_the_edge(read_table(folder, "learning_rates"))
-    return "\n\n".join(
-        [
-            ANSWERS_INTRO,
-            markdown_table(answers(paired)),
-            by_dataset(paired),
-            *figures,
-            *([edge] if edge else []),
-            f"Everything else, failed trainings and what this does not show included: [report]({shown}/report.md). "
-            f"Written by `python -m study.publish` from what `{command(folder)}` made.",
-        ]
-    )
+    parts = [ANSWERS_INTRO, *answer_parts(folder)]
+    parts += [markdown_figure(shown / f"{name}.png", CAPTIONS[name]) for name in FIGURES]
+    parts += [
+        rates_at_the_edge(read_table(folder, "learning_rates")),
+        f"Everything else, failed trainings and what this does not show included: [report]({shown}/report.md). "
+        f"Written by `python -m study.publish` from what `{study_command(folder)}` made.",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def other_part(folder: Path) -> str:
     """Returns the answer of a further study."""
+    return "\n\n".join([f"**`{study_command(folder)}`**", *answer_parts(folder)])
+
+
+def answer_parts(folder: Path) -> list[str]:
+    """Returns the table of a study's answer and, folded away, its ratios dataset by dataset."""
     paired = read_table(folder, "paired")
-    return f"**`{command(folder)}`**\n\n{markdown_table(answers(paired))}\n\n{by_dataset(paired)}"
-
-
-def by_dataset(paired: pd.DataFrame) -> str:
-    """Returns ratios with their intervals, folded away: a line per metric and dataset, a column per pair of arms."""
+    answer = answers(paired)
     ratios = side_by_side(paired[paired.dataset != POOLED], "ratio", paired.arm + " / " + paired.reference)
-    return f"<details><summary>Dataset by dataset</summary>\n\n{markdown_table(ratios)}\n\n</details>"
-
-
-def command(folder: Path) -> str:
-    """Returns the command that made a study."""
-    return json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
+    by_dataset = markdown_table(ratios, ratios.itertuples(index=False))
+    return [markdown_table(answer, answer.itertuples(index=False)), markdown_details("Dataset by dataset", by_dataset)]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,47 @@
-"""MLflow runs of a study: one parent, and under it one run per cell; a copy to look at, which never stops a study."""
+"""MLflow runs of a study: one parent run, and nested in it one per cell; whatever MLflow does, the study goes on."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from study.cells import Cell, Result
+from study.store import CellStore
 from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri, warn
+from utils import atomic_write
+
+
+def open_study(store: CellStore, command: str, params: dict[str, Any]) -> StudyTracker:
+    """Makes the folder of a study, known by its ``study.json``, and its run in MLflow; or goes on with both.
+
+    Args:
+        store: Holds the cells of the study.
+        command: Command line that the study was started with.
+        params: What describes the study in MLflow.
+    """
+    path = store.folder / "study.json"
+    with store.lock("study"):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tracker = StudyTracker(store.folder.name, record.get("mlflow_run_id"), params)
+        with atomic_write(path, "w") as file:
+            json.dump({"command": command, "mlflow_run_id": tracker.run_id}, file, indent=2)
+    return tracker
+
+
+def study_command(folder: Path) -> str:
+    """Returns the command line that made a study."""
+    return json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
 
 
 class StudyTracker:
-    """Logs cells under the study's run; logging one again changes nothing. A first failure is said and the last.
+    """Logs cells under the study's run. The first failure is said in a warning, and nothing is logged after it.
 
     Args:
-        name: Of the study, shown in the UI.
-        run_id: The study's run, to go on with; None makes one.
+        name: Shown in the UI.
+        run_id: The run to go on with; None makes one.
         params: What describes the study.
 
     Attributes:
@@ -29,7 +54,7 @@ class StudyTracker:
         self._attempt(lambda: self._open(name, params))
 
     def log(self, cell: Cell, result: Result) -> None:
-        """Logs a cell: configuration, validation error of every epoch, headline numbers."""
+        """Logs configuration, validation errors and headline numbers of a cell, unless they are logged already."""
         self._attempt(lambda: self._log(cell, result))
 
     def finish(self, files: Iterable[Path]) -> None:
@@ -41,7 +66,7 @@ class StudyTracker:
             return
         try:
             action()
-        except Exception as error:  # whatever MLflow and the layers below have to say; the CSVs have everything
+        except Exception as error:  # MLflow and the layers below raise what they like; the folder has everything
             self._is_lost = True
             warn(f"MLflow has not all of this study ({first_line(error)}); its folder has everything")
 
@@ -60,17 +85,17 @@ class StudyTracker:
 
         now = int(time.time() * 1000)
         children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
-        with lock_store(self._uri):  # so that of two processes of a study one logs the cell
+        with lock_store(self._uri):  # so that only one of two processes of a study logs the cell
             if self._mlflow.search_runs([self._experiment], children, max_results=1):
                 return
             run = self._mlflow.create_run(
                 self._experiment,
-                start_time=now - int(1000 * result.record["outcome"]["seconds"]),
+                start_time=now - int(1000 * result.record.outcome.seconds),
                 run_name=cell.name,
                 tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
             )
         params = [Param(name, str(value)) for name, value in cell.config.to_dict().items()]
-        metrics = [Metric(name, value, now, 0) for name, value in result.record["outcome"]["metrics"].items()]
+        metrics = [Metric(name, value, now, 0) for name, value in result.record.outcome.metrics.items()]
         if "training" in result.tables:
             curve = result.tables["training"].groupby("step").val_mse.mean()
             metrics += [Metric("val_mse/mean", value, now, step) for step, value in curve.items()]
