@@ -1,1 +1,1 @@
-"""Where the numbers of a training go: progress, CSV, MLflow, and the folder of a run."""
+"""Where the numbers of a training go (CSV, MLflow, progress), and the folder that a run owns on disk."""

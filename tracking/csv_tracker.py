@@ -1,4 +1,4 @@
-"""The CSV of a run: the complete record of its numbers."""
+"""``metrics.csv`` of a run: every number of every epoch and member, complete also after a crash and a resume."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tracking.mlflow_store import (
-    warn,
-)
+from tracking.trackers import Row, Summary, Tracker, warn
 from utils import InputError, atomic_write
 
-if TYPE_CHECKING:
-    pass
-from tracking.trackers import NullTracker, Row
 
+class CsvTracker(Tracker):
+    """Writes one line per epoch and member, which is on disk before the next epoch begins.
 
-class CsvTracker(NullTracker):
-    """One line per epoch and member, on disk before the next epoch begins.
-
-    What stood at the path is replaced at the first epoch, so a run that ends earlier leaves it alone. Rows that could
-    not be written (a full disk) are kept and tried again with every epoch.
+    A file that is already at the path is replaced at the first epoch; a run that ends before leaves it untouched. Rows
+    that cannot be written (the disk is full) are kept in memory and tried again with every epoch.
 
     Args:
         path: The file; its folder is made.
         columns: The header. Every row has exactly these keys.
-        resume_epoch: Goes on with the file of an interrupted run: epochs before this one are kept, the others dropped.
+        resume_epoch: Continues the file of an interrupted run: epochs before this one are kept, later ones dropped.
 
     Attributes:
         kept_rows: The rows kept from the interrupted run, in order.
@@ -46,7 +40,7 @@ class CsvTracker(NullTracker):
         self.kept_rows = [] if resume_epoch is None else self._read_epochs(resume_epoch)
         header = dict(zip(self._columns, self._columns, strict=True))
         self._unwritten = self._format([header, *self.kept_rows])
-        self._written_size: int | None = None  # bytes of whole lines on disk; None before the file is ours
+        self._written_size: int | None = None  # bytes of whole lines on disk; None until this run's file is there
         self._error: OSError | None = None
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
@@ -57,12 +51,12 @@ class CsvTracker(NullTracker):
         self._unwritten += self._format(rows)
         self._write()
 
-    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
-        """Writes what is left, so that the file is complete before it is kept as an artifact."""
+    def finish(self, summary: Summary, artifacts: list[Path]) -> None:
+        """Writes what is left: the file may be among the artifacts, and MLflow then takes a copy of it."""
         self._write()
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
-        """Raises an OSError after a training that succeeded, if some rows still cannot be written."""
+        """Tries once more to write what is left; raises an OSError if that fails after a training that succeeded."""
         if self._error is not None:
             self._write()
         if self._error is not None and not failed:
@@ -80,7 +74,7 @@ class CsvTracker(NullTracker):
             raise InputError(f"the CSV {str(self._path)!r} cannot be written ({reason}); choose another path") from None
 
     def _read_epochs(self, count: int) -> list[Row]:
-        """Returns the rows of the file's first epochs; a line that a kill cut short ends the file."""
+        """Returns the rows of the file's first ``count`` epochs, less a last line that was cut short by a kill."""
         try:
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
@@ -107,8 +101,9 @@ class CsvTracker(NullTracker):
         return list(itertools.chain.from_iterable(epochs))
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
+        """Returns the lines of the rows. Floats are written with all their digits: reading gives the same bits."""
         text = io.StringIO()
-        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)  # floats as repr: they round-trip
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
         return text.getvalue().encode()
 
     def _write(self) -> None:
@@ -119,7 +114,7 @@ class CsvTracker(NullTracker):
                 self._written_size = 0
             else:
                 with self._path.open("r+b") as file:
-                    file.seek(self._written_size)  # over what a write that failed half-way has left
+                    file.seek(self._written_size)  # overwrites the half line that a failed write has left
                     file.write(self._unwritten)
                     file.flush()
                     os.fsync(file.fileno())

@@ -1,7 +1,12 @@
-"""MLflow's runs of a training: a copy of the CSV to look at."""
+"""A training's MLflow runs, which ``mlflow ui`` shows: numbers, configuration, dataset, files.
+
+``MlflowTracker`` fills them while training runs, ``log_evaluation`` adds an evaluation later, and ``load_run`` fetches
+the trained ensemble back. A run copies what the CSV has; nothing that the store does may stop training.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +29,8 @@ from tracking.mlflow_store import (
     open_client,
     sqlite_path,
     tracking_uri,
-    warn,
 )
+from tracking.trackers import Row, Summary, Tracker, warn
 from utils import InputError, git_commit
 
 if TYPE_CHECKING:
@@ -32,30 +38,49 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from dynamics_model import DynamicsEnsemble
-from tracking.trackers import NullTracker, Row
 
 
-class MlflowTracker(NullTracker):
-    """One MLflow run for the ensemble and, nested in it, one per member.
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What MLflow shows of the dataset that a run was trained on.
 
-    Runs go where ``MLFLOW_TRACKING_URI`` points, by default to ``mlflow.db`` and ``mlruns/`` in the current directory,
-    which a bare ``mlflow ui`` shows. After construction nothing that the store does stops training: numbers that could
-    not be sent are kept and tried again, less and less often, and what is missing in the end is said.
+    Attributes:
+        name: As ``--dataset`` took it.
+        sha256: Checksum of its contents, in hexadecimal digits.
+        rows: Number of transitions.
+        trajectories: Number of trajectories.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    trajectories: int
+
+
+class MlflowTracker(Tracker):
+    """Fills one MLflow run for the ensemble and, nested in it, one per member.
+
+    Runs go to the store at ``MLFLOW_TRACKING_URI``, by default to ``mlflow.db`` and ``mlruns/`` in the current folder,
+    which a bare ``mlflow ui`` shows. Once constructed, the tracker never stops training, whatever the store does:
+    numbers that could not be sent are kept and sent again, at growing intervals, and a warning at the end says what is
+    still missing.
 
     Args:
         run_name: Shown in the UI.
         params: The effective configuration.
-        dataset: ``name``, ``sha256``, and what else describes it (rows, trajectories), in plain values.
+        tags: What else to find the run by in the UI, such as the kind of ensemble.
+        dataset: What the ensemble is trained on.
         ensemble_size: Number of members.
         experiment: The MLflow experiment that holds the runs.
-        resume_run_id: Goes on with the runs of an interrupted training.
-        resume_rows: The rows of all epochs that training keeps; those that the runs lack are sent.
+        resume_run_id: The ensemble's run of an interrupted training, which is continued.
+        resume_rows: The rows of all epochs that the resumed training keeps; those that the runs lack are sent.
 
     Attributes:
-        run_id: Of the ensemble's run; None as long as no tracking server has answered.
+        run_id: Id of the ensemble's run; None as long as no tracking server has answered.
 
     Raises:
-        InputError: If the store cannot be used. A server that does not answer is none of the user's mistakes.
+        InputError: If a local store cannot be used. A server that does not answer costs a warning instead: it may be
+            back before training ends.
     """
 
     _SECONDS_BETWEEN_SENDS = 10.0
@@ -66,7 +91,8 @@ class MlflowTracker(NullTracker):
         self,
         run_name: str,
         params: dict[str, Any],
-        dataset: dict[str, Any],
+        tags: dict[str, str],
+        dataset: DatasetInfo,
         ensemble_size: int,
         experiment: str = "dynamics-ensembles",
         resume_run_id: str | None = None,
@@ -78,15 +104,15 @@ class MlflowTracker(NullTracker):
         self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
         self._dataset = dataset
         self._tags = {
-            "dataset": dataset["name"],
-            "kind": "probabilistic" if params["probabilistic"] else "deterministic",
+            **tags,
+            "dataset": dataset.name,
             "mlflow.source.name": Path(sys.argv[0]).name,
             "mlflow.source.git.commit": git_commit() or "unknown",
         }
         self._client: MlflowClient | None = None
-        # Of each run, None being the ensemble's and a number the member's:
-        self._run_ids: dict[int | None, str] = {}  # empty until all are open
-        self._last_steps: dict[int | None, dict[str, int]] = {}  # per metric, what the run held when it was opened
+        # By run: None is the ensemble's, a number is the member's.
+        self._run_ids: dict[int | None, str] = {}  # empty until all runs are open
+        self._last_steps: dict[int | None, dict[str, int]] = {}  # of each metric, when the run was opened
         self._unsent: dict[int | None, list[tuple[str, float, int, int]]] = defaultdict(list)
         self._elites: list[int] | None = None
         self._artifacts: list[Path] = []
@@ -100,7 +126,7 @@ class MlflowTracker(NullTracker):
             return
         try:
             self._send()
-        except Exception as error:  # whatever MLflow, SQLAlchemy or the system have to say about the user's store
+        except Exception as error:  # MLflow, SQLAlchemy and the system each raise their own
             reason = first_line(error)
             raise InputError(
                 f"the MLflow store {self._uri!r} cannot be used: {reason}; "
@@ -113,17 +139,17 @@ class MlflowTracker(NullTracker):
         if time.monotonic() >= self._next_send:
             self._attempt(self._send)
 
-    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
-        """Takes note of the outcome; ``close`` delivers it."""
-        for member, metrics in [(None, summary["metrics"]), *enumerate(summary["members"])]:
+    def finish(self, summary: Summary, artifacts: list[Path]) -> None:
+        """Remembers the outcome, which ``close`` sends."""
+        for member, metrics in [(None, summary.metrics), *enumerate(summary.members)]:
             for name, value in metrics.items():
                 self._add(member, f"summary/{name}", value, step=0)
-        self._elites = list(summary["elites"])
+        self._elites = list(summary.elites)
         self._artifacts = list(artifacts)
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
-        """Delivers what is left and says how training ended; then says what could not be delivered."""
-        self._attempt(self._deliver)
+        """Sends what is left and ends the runs; a warning says what could not be sent."""
+        self._attempt(self._send_all)
         self._attempt(lambda: self._terminate("KILLED" if interrupted else "FAILED" if failed else "FINISHED"))
         values = sum(map(len, self._unsent.values()))
         if values or self._artifacts:
@@ -131,28 +157,30 @@ class MlflowTracker(NullTracker):
             warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value")
 
     def _collect(self, rows: list[Row]) -> None:
-        """Takes one epoch: the numbers of each member, and mean, smallest and largest over members for the ensemble."""
+        """Queues an epoch's numbers: each member's own and, for the ensemble's run, their mean, minimum and maximum."""
         step = rows[0]["step"]
         for name in [name for name in rows[0] if name not in ("step", "model_id")]:
             for row in rows:
                 self._add(row["model_id"], name, row[name], step)
             if values := [row[name] for row in rows if row[name] is not None]:
-                with np.errstate(all="ignore"):  # NumPy, as it lets nan win; a diverged member may as well be infinite
+                # With NumPy, where nan among the numbers gives nan; a diverged member may also be infinite.
+                with np.errstate(all="ignore"):
                     self._add(None, f"{name}/mean", float(np.mean(values)), step)
                     self._add(None, f"{name}/min", float(np.min(values)), step)
                     self._add(None, f"{name}/max", float(np.max(values)), step)
 
     def _add(self, member: int | None, name: str, value: float | None, step: int) -> None:
+        """Queues a number for a run, the ensemble's where ``member`` is None."""
         if value is not None:
-            # The time is fixed here: MLflow knows by it that a number sent twice, its first answer lost, is the same.
+            # With its time: a number sent twice, because the first answer got lost, is then the same one to MLflow.
             self._unsent[member].append((name, value, int(time.time() * 1000), step))
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Runs an action that needs the store; a failure costs a warning, once, and a longer pause."""
+        """Runs an action that needs the store. If it fails, a warning says so the first time, and the pause grows."""
         start = time.monotonic()
         try:
             action()
-        except Exception as error:  # any layer below MLflow may raise its own, and none of it may stop training
+        except Exception as error:  # every layer below MLflow raises its own, and none may stop training
             self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
             if not self._warned:
                 reason = first_line(error)
@@ -161,9 +189,10 @@ class MlflowTracker(NullTracker):
         else:
             self._pause = self._SECONDS_BETWEEN_SENDS
         end = time.monotonic()
-        self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes a twentieth of the time
+        self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store costs a twentieth of the time
 
     def _send(self) -> None:
+        """Sends the queued numbers, less those that a continued run already has."""
         from mlflow.entities import Metric
 
         if not self._run_ids:
@@ -174,7 +203,8 @@ class MlflowTracker(NullTracker):
             self._client.log_batch(self._run_ids[member], new)
             metrics.clear()
 
-    def _deliver(self) -> None:
+    def _send_all(self) -> None:
+        """Sends the queued numbers, the elites and the artifacts."""
         self._send()
         if self._elites is not None:
             self._client.set_tag(self.run_id, "elites", ",".join(map(str, self._elites)))
@@ -183,11 +213,12 @@ class MlflowTracker(NullTracker):
             del self._artifacts[0]
 
     def _terminate(self, status: str) -> None:
-        for run_id in reversed(self._run_ids.values()):  # the ensemble's last: when it has ended, all have
+        """Ends the runs, the ensemble's last: when it has ended, so have its members'."""
+        for run_id in reversed(self._run_ids.values()):
             self._client.set_terminated(run_id, status)
 
     def _open_runs(self) -> None:
-        """Finds or makes every run. Called again after a failure, it goes on where it stopped."""
+        """Finds or creates every run. Called again after a failure, it continues where it stopped."""
         with lock_store(self._uri):
             client = self._client = open_client(self._uri)
             parent = self._open_parent(client)
@@ -208,6 +239,7 @@ class MlflowTracker(NullTracker):
             self._run_ids = {member: run.info.run_id for member, run in runs.items()}
 
     def _open_parent(self, client: MlflowClient) -> Run:
+        """Finds or creates the ensemble's run, with configuration and dataset."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         parent = find_run(client, self.run_id)
@@ -217,16 +249,16 @@ class MlflowTracker(NullTracker):
             experiment_id = find_experiment(client, self._experiment)
             parent = client.create_run(experiment_id, tags=self._tags, run_name=self._run_name)
             self.run_id = parent.info.run_id
-        known = parent.data.params  # MLflow refuses to change one, as --resume may on another machine
+        known = parent.data.params  # MLflow refuses changes, and a run resumed on another machine may have one
         client.log_batch(self.run_id, params=[Param(*item) for item in self._params.items() if item[0] not in known])
         dataset = Dataset(
-            name=self._dataset["name"],
-            digest=self._dataset["sha256"][:16],
+            name=self._dataset.name,
+            digest=self._dataset.sha256[:16],
             source_type="local",
-            source=json.dumps({"uri": self._dataset["name"]}),
-            profile=json.dumps(self._dataset),
+            source=json.dumps({"uri": self._dataset.name}),
+            profile=json.dumps(dataclasses.asdict(self._dataset)),
         )
-        # Logging the same dataset again changes nothing: MLflow knows it by name and digest.
+        # Logging a dataset of the same name and digest again changes nothing.
         client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         return parent
 
@@ -235,7 +267,7 @@ def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
     """Fetches the ensemble that a run trained from MLflow.
 
     Args:
-        run_id: The ensemble's run, as the UI and the model's metadata name it.
+        run_id: Id of the ensemble's run, which the UI and the model's metadata show.
         device: Where the ensemble goes.
 
     Raises:
@@ -258,13 +290,13 @@ def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:
 
 
 def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Iterable[Path]) -> None:
-    """Adds an evaluation to the run that trained the model; where that fails, one warning says so.
+    """Adds an evaluation to the MLflow run that trained the model; if that fails, a warning says so.
 
     Args:
-        run_id: The ensemble's run.
-        name: Of the evaluation; metrics are called ``eval/NAME/...``, files go to ``evaluation/NAME``.
+        run_id: Id of the ensemble's run.
+        name: Name of the evaluation: its metrics are called ``eval/NAME/...``, its files go to ``evaluation/NAME``.
         metrics: Numbers by name.
-        files: What to keep with the run.
+        files: Files to keep with the run.
     """
     uri = "MLflow"
     try:
@@ -282,5 +314,5 @@ def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Ite
         client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
         for path in files:
             client.log_artifact(run_id, str(path), artifact_path=f"evaluation/{name}")
-    except Exception as error:  # nothing that a store does may cost the user the report
+    except Exception as error:  # the report is written, whatever the store does
         warn(f"the evaluation is not in MLflow at {uri} ({first_line(error)}); its files have everything")

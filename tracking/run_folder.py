@@ -1,25 +1,122 @@
-"""``logs/<run name>/``: what one training run owns on disk, and how a run that was cut off is found again.
+"""``logs/<run name>/``: what one training run owns on disk, and how a run that was interrupted is found again.
 
-config.yaml   the effective configuration, written before the first step; trains the same model when given again
-run.json      what was asked for (dataset, holdout, configuration), where it came from (commit, versions), how it ended
-metrics.csv   one row per epoch and member (elsewhere with --csv)
-checkpoint    everything needed to go on after the last finished epoch; removed when the run has finished
+config.yaml   the effective configuration, written before the first step; ``--config`` takes it to train the same model
+run.json      a ``RunRecord``: what was asked for (dataset, holdout, configuration), the code's commit, how it ended
+metrics.csv   one row per epoch and member (elsewhere with ``--csv``)
+checkpoint    everything needed to continue after the last finished epoch; removed when the run has finished
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import shlex
 import sys
+import typing
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils import InputError, atomic_write
+from tracking.trackers import warn
+from utils import InputError, Origin, atomic_write
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What decides the result of a run. A run resumes an earlier one only if both ask for the same.
+
+    Attributes:
+        dataset: Name of the dataset.
+        sha256: Checksum of its contents, in hexadecimal digits.
+        holdout_ratio: Share of the rows to hold out, from 0 to 1.
+        holdout_samples: Rows to hold out, instead of a share; None where the share says it.
+        test_ratio: Share of the rows that neither train nor select anything, from 0 to 1.
+        track_training: Whether training rows are scored after every epoch.
+        config: Every setting of the configuration by name, as plain values (numbers, strings, lists, None).
+    """
+
+    dataset: str
+    sha256: str
+    holdout_ratio: float
+    holdout_samples: int | None
+    test_ratio: float
+    track_training: bool
+    config: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of them by name, those of the configuration among them."""
+        return {name: value for name, value in vars(self).items() if name != "config"} | self.config
+
+
+@dataclass(frozen=True)
+class RunOrigin(Origin):
+    """Which code and which command line began a run.
+
+    Attributes:
+        command: The command line, quoted for a shell.
+    """
+
+    command: str
+
+    @classmethod
+    def here(cls) -> RunOrigin:
+        """Returns the origin of a run that this process begins."""
+        return cls(**vars(Origin.here()), command=shlex.join(sys.argv))
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run that succeeded has given.
+
+    Attributes:
+        output: Path of the trained model.
+        scores: Final scores of each member by name; None is a score that was not measured.
+        elites: Indices of the elite members, best first.
+    """
+
+    output: str
+    scores: list[dict[str, float | None]]
+    elites: list[int]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Contents of ``run.json``.
+
+    Attributes:
+        request: What decides the result of the run.
+        origin: Which code and which command line began it.
+        csv: Path of its metrics; None for ``metrics.csv`` in its folder.
+        mlflow_run_id: Id of the ensemble's MLflow run; None where no store has answered yet.
+        finished: What it gave; None until it has succeeded.
+    """
+
+    request: RunRequest
+    origin: RunOrigin
+    csv: str | None = None
+    mlflow_run_id: str | None = None
+    finished: RunOutcome | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record as nested dictionaries of plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> RunRecord:
+        """Returns the record that ``to_dict`` gave these dictionaries for.
+
+        Raises:
+            ValueError: If an entry is missing, unknown or of another type; the message names it.
+        """
+        return _parse(cls, plain, "the record")
 
 
 class RunFolder:
@@ -27,10 +124,10 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        record: Contents of ``run.json``; ``record["request"]`` is what decides the result of the run.
+        record: Contents of its ``run.json``.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: RunRecord) -> None:
         self.path = path
         self.record = record
         self._lock = FileLock(path / ".lock")
@@ -38,22 +135,22 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, logs: Path, name: str, request: dict[str, Any], origin: dict[str, Any], csv: Path | None = None
+        cls, logs: Path, name: str, request: RunRequest, origin: RunOrigin, csv: Path | None = None
     ) -> RunFolder:
         """Makes the folder of a new run; ``hold`` then writes its first files.
 
         Args:
             logs: Folder of all runs.
             name: Name of the run.
-            request: What decides its result, in plain Python types.
-            origin: Where it comes from: commit, versions, command.
-            csv: Where its metrics go; None for the folder.
+            request: What decides its result.
+            origin: Which code and which command line begin it.
+            csv: Where its metrics go; None for ``metrics.csv`` in the folder.
 
         Raises:
-            InputError: If a run of this name is there already, or the folder cannot be made.
+            InputError: If there is a run of this name, or the folder cannot be made.
         """
         path = logs / name
-        if (path / "run.json").exists():  # without, it was cut off before it began
+        if (path / "run.json").exists():  # a folder without it is of a run that was killed before it began
             raise InputError(
                 f"run {name!r} exists already ({path}); go on with it by --resume, or give another --run_name"
             )
@@ -63,37 +160,40 @@ class RunFolder:
             raise InputError(
                 f"the run folder {path} cannot be made ({error.strerror}); check disk and rights"
             ) from None
-        return cls(
-            path,
-            {
-                "request": request,
-                "origin": origin,
-                "csv": csv and str(csv.absolute()),
-                "mlflow_run_id": None,
-                "finished": None,
-            },
-        )
+        return cls(path, RunRecord(request, origin, csv and str(csv.absolute())))
 
     @classmethod
-    def find_unfinished(cls, logs: Path, name: str | None, request: dict[str, Any]) -> RunFolder | None:
-        """Finds the run to resume: the one named, or the latest unfinished one that asked for the same.
+    def find_unfinished(
+        cls, logs: Path, name: str | None, request: RunRequest, defaults: dict[str, Any]
+    ) -> RunFolder | None:
+        """Finds the run to resume: the one called ``name``, or the latest unfinished one that asked for the same.
+
+        Args:
+            logs: Folder of all runs.
+            name: Name of the run; None looks at all runs.
+            request: What is asked for now.
+            defaults: Default of every setting of the configuration: the value of a setting that a run of an older
+                version does not have, since a new setting's default is what the program did before.
+
+        Returns:
+            The run, whose ``record.request`` equals ``request``; None if there is none to resume.
 
         Raises:
-            InputError: If the named run asked for something else, or has finished.
+            InputError: If the named run asked for something else, has finished, or has a damaged ``run.json``.
         """
         for path in _latest_first(logs) if name is None else [logs / name]:
             try:
-                record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+                record = _read_record(path / "run.json", defaults)
             except FileNotFoundError:
-                continue  # killed before its first file: nothing to go on from
-            except ValueError:
+                continue  # killed before it wrote its first file: there is nothing to resume
+            except InputError:
                 if name is None:
                     continue
-                raise InputError(f"{path / 'run.json'} is damaged; give another --run_name to train anew") from None
-            if record["request"] == request and record["finished"] is None:
+                raise
+            if record.request == request and record.finished is None:
                 return cls(path, record)
             if name is not None:
-                raise InputError(_why_not(name, record, request))
+                raise InputError(_why_not(name, record.request, request))
         return None
 
     @property
@@ -103,12 +203,12 @@ class RunFolder:
 
     @property
     def metrics_csv(self) -> Path:
-        """Where its metrics are."""
-        return Path(self.record["csv"] or self.path / "metrics.csv")
+        """Path of its metrics."""
+        return Path(self.record.csv or self.path / "metrics.csv")
 
     @property
     def config_yaml(self) -> Path:
-        """The effective configuration."""
+        """Path of its effective configuration."""
         return self.path / "config.yaml"
 
     def hold(self, config_yaml: str) -> None:
@@ -121,7 +221,7 @@ class RunFolder:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise InputError(f"run {self.name!r} is being trained by another process; wait for it or stop it") from None
-        for leftover in self.path.glob(".*.tmp"):  # of writes that a kill cut off
+        for leftover in self.path.glob(".*.tmp"):  # half-written files of a process that was killed
             leftover.unlink()
         try:
             with atomic_write(self.config_yaml, "w") as file:
@@ -132,14 +232,14 @@ class RunFolder:
                 self.discard()
             raise InputError(f"the run folder {self.path} cannot be written ({error.strerror}); free space") from None
 
-    def update(self, **entries: Any) -> None:
-        """Sets entries of ``run.json``."""
-        self.record |= entries
+    def update(self, **changes: Any) -> None:
+        """Changes fields of the record, and writes ``run.json``."""
+        self.record = dataclasses.replace(self.record, **changes)
         with atomic_write(self.path / "run.json", "w") as file:
-            json.dump(self.record, file, indent=2)
+            json.dump(self.record.to_dict(), file, indent=2)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint in one step; where the disk refuses, warns once and keeps the one before."""
+        """Replaces the checkpoint in one step. If the disk refuses, the one before stays and a warning says so once."""
         import torch
 
         # Into memory first: PyTorch's writer ends the process if the file it writes to fails or Ctrl-C comes.
@@ -150,33 +250,48 @@ class RunFolder:
                 file.write(serialised.getbuffer())
         except OSError as error:
             if not self._warned:
-                print(f"warning: no checkpoint could be written ({error}); training goes on", file=sys.stderr)
+                warn(f"no checkpoint could be written ({error}); training goes on")
             self._warned = True
 
     def load_checkpoint(self, device: str) -> dict[str, Any] | None:
-        """Returns what ``save_checkpoint`` wrote last, or None where the run was cut off before its first."""
+        """Returns the state that ``save_checkpoint`` wrote last, or None if there is none.
+
+        Args:
+            device: Where its tensors go.
+
+        Raises:
+            InputError: If the file cannot be read.
+        """
         import torch
 
         path = self.path / "checkpoint"
-        return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # PyTorch raises many kinds; their messages advise to load the file unsafely
+            raise InputError(
+                f"the checkpoint {path} cannot be read ({type(error).__name__}); delete it and resume again to train "
+                "from the first epoch, or start a new run without --resume"
+            ) from error
 
     def discard(self) -> None:
-        """Removes the files of a run that could not begin, and its folder."""
+        """Removes the files of a run that could not begin, and its folder unless it holds anything else."""
         self._lock.release()
         for path in (self.config_yaml, self.path / "run.json", self.path / ".lock"):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: something else is in it
+        with contextlib.suppress(OSError):  # the folder is not empty
             self.path.rmdir()
             self.path.parent.rmdir()
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Marks the run as finished and removes its checkpoint, which nothing will go on from."""
-        self.update(finished=summary)
+    def finish(self, outcome: RunOutcome) -> None:
+        """Marks the run as finished and removes its checkpoint, from which nothing will continue."""
+        self.update(finished=outcome)
         (self.path / "checkpoint").unlink(missing_ok=True)
 
 
 def unique_name(logs: Path, stem: str) -> str:
-    """Returns ``stem`` with the time behind it, and a number where that is taken."""
+    """Returns ``stem`` followed by the time, and by a number if there is such a run already."""
     name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     taken = 1
     while (logs / (name if taken == 1 else f"{name}-{taken}")).exists():
@@ -189,21 +304,51 @@ def _latest_first(logs: Path) -> list[Path]:
     return sorted(folders, key=os.path.getmtime, reverse=True)
 
 
-def _why_not(name: str, record: dict[str, Any], request: dict[str, Any]) -> str:
-    """Says why a named run cannot be resumed: it has finished, or what it asked for differs."""
-    before, now = _flatten(record["request"]), _flatten(request)
-    differing = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if differing:
-        key = differing[0]
-        return (
-            f"run {name!r} was started with other settings ({key} {before.get(key)!r}, now {now.get(key)!r}); "
-            "resume it with its own, or give another --run_name"
-        )
+def _read_record(path: Path, defaults: dict[str, Any]) -> RunRecord:
+    """Reads a ``run.json``; settings that it lacks, being of an older version, get their defaults.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it cannot be read, or is not what a run writes.
+    """
+    try:
+        record = RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give another --run_name to train anew") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, JSON nested too deeply, or other entries
+        raise InputError(f"{path} is damaged ({error}); give another --run_name to train anew") from None
+    config = defaults | record.request.config
+    return dataclasses.replace(record, request=dataclasses.replace(record.request, config=config))
+
+
+def _parse(kind: Any, value: Any, name: str) -> Any:
+    """Returns a value read from JSON as the type that an annotation names, building dataclasses from dictionaries.
+
+    Raises:
+        ValueError: If the value is of another type; the message calls it ``name``.
+    """
+    if isinstance(kind, UnionType):  # X | None
+        return None if value is None else _parse(typing.get_args(kind)[0], value, name)
+    plain = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind) or kind
+    if not isinstance(value, (float, int) if plain is float else plain):
+        raise ValueError(f"{name} is {type(value).__name__}, expected {plain.__name__}")
+    if not dataclasses.is_dataclass(kind):
+        return value
+    fields = typing.get_type_hints(kind)
+    if different := sorted(fields.keys() ^ value.keys()):
+        raise ValueError(f"{name} has a missing or unknown entry {different[0]!r}")
+    return kind(**{field: _parse(fields[field], value[field], field) for field in fields})
+
+
+def _why_not(name: str, before: RunRequest, now: RunRequest) -> str:
+    """Says why a named run cannot be resumed: it asked for something else, or it has finished."""
+    for setting in sorted(before.settings | now.settings):
+        old, new = (request.settings.get(setting, "unknown") for request in (before, now))
+        if old != new:
+            return (
+                f"run {name!r} was started with other settings ({setting} {old!r}, now {new!r}); "
+                "resume it with its own, or give another --run_name"
+            )
     return f"run {name!r} has finished, there is nothing to resume; give another --run_name to train again"
-
-
-def _flatten(nested: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flatten(value) if isinstance(value, dict) else {key: value}
-    return flat

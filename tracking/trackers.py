@@ -1,4 +1,15 @@
-"""Trackers: what receives a training's numbers, behind the same few methods."""
+"""Trackers take the numbers of a training: a CSV file, MLflow runs and a progress display, behind the same few methods.
+
+Trackers receive numbers and never decide anything. Whoever trains calls ``log_epoch`` after each epoch and ``finish``
+once, when training has succeeded::
+
+    with Trackers([CsvTracker("metrics.csv", columns), MlflowTracker(...), ProgressTracker(300)]) as tracker:
+        tracker.log_epoch(0, rows)  # one dict per member: step, model_id, mse_loss | gauss_loss, lr, train_mse, ...
+        tracker.finish(summary, artifacts)
+
+The CSV (``csv_tracker.py``) is the complete record. MLflow (``mlflow_tracker.py``) is a copy to look at: nothing that a
+tracking server does may stop training.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +18,32 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    pass
 
 Row = dict[str, float | int | None]
 """One member's numbers of one epoch; ``step`` and ``model_id`` are integers, None is a number that was not measured."""
 
 
-class NullTracker:
-    """The methods that all trackers share; by itself the tracker that does nothing."""
+@dataclass(frozen=True)
+class Summary:
+    """What a training has achieved, measured on the weights that are saved.
+
+    Attributes:
+        metrics: Final scores of the ensemble by name: means over its members.
+        members: Final scores of each member by name; None is a score that was not measured.
+        elites: Indices of the members that did best on held-out rows, best first; all members without a holdout.
+    """
+
+    metrics: dict[str, float]
+    members: list[dict[str, float | None]]
+    elites: list[int]
+
+
+class Tracker:
+    """The methods that all trackers share. They do nothing here, so a plain ``Tracker()`` ignores what it is given."""
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
         """Takes the numbers of one epoch.
@@ -30,12 +53,11 @@ class NullTracker:
             rows: One row per member, all with the same columns.
         """
 
-    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+    def finish(self, summary: Summary, artifacts: list[Path]) -> None:
         """Takes the outcome of a training that succeeded.
 
         Args:
-            summary: ``metrics`` (name to number, of the ensemble), ``members`` (a list of the same, one per member) and
-                ``elites`` (indices of members). They describe the weights that are saved.
+            summary: The final scores.
             artifacts: Files to keep with the run.
         """
 
@@ -47,17 +69,17 @@ class NullTracker:
             interrupted: That exception was the user's Ctrl-C.
         """
 
-    def __enter__(self) -> NullTracker:
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         self.close(failed=kind is not None, interrupted=kind is KeyboardInterrupt)
 
 
-class Trackers(NullTracker):
-    """Several trackers as one. One that raises at the end does not keep the others from ending properly."""
+class Trackers(Tracker):
+    """Several trackers as one. If one of them raises at the end, the others still end properly."""
 
-    def __init__(self, trackers: Iterable[NullTracker]):
+    def __init__(self, trackers: Iterable[Tracker]):
         self._trackers = list(trackers)
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
@@ -65,7 +87,7 @@ class Trackers(NullTracker):
         for tracker in self._trackers:
             tracker.log_epoch(epoch, rows)
 
-    def finish(self, summary: dict[str, Any], artifacts: list[Path]) -> None:
+    def finish(self, summary: Summary, artifacts: list[Path]) -> None:
         """Hands the outcome to each tracker."""
         self._call_each(lambda tracker: tracker.finish(summary, artifacts))
 
@@ -73,14 +95,14 @@ class Trackers(NullTracker):
         """Closes each tracker."""
         self._call_each(lambda tracker: tracker.close(failed, interrupted))
 
-    def _call_each(self, call: Callable[[NullTracker], None]) -> None:
+    def _call_each(self, call: Callable[[Tracker], None]) -> None:
         with contextlib.ExitStack() as stack:
             for tracker in reversed(self._trackers):  # an exit stack runs its last callback first
                 stack.callback(call, tracker)
 
 
-class ProgressTracker(NullTracker):
-    """Epochs done, loss, validation error and time left, on stderr: a bar in a terminal, ten lines in a log file.
+class ProgressTracker(Tracker):
+    """Shows epochs done, loss, validation error and time left on stderr: a bar in a terminal, ten lines in a log file.
 
     Args:
         fit_epochs: Epochs of the whole training.
@@ -120,3 +142,8 @@ class ProgressTracker(NullTracker):
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
+
+
+def warn(message: str) -> None:
+    """Prints a warning on stderr without tearing a progress bar apart: the bar is cleared before and drawn again."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
