@@ -50,7 +50,8 @@ logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
 
 # What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
 # Every tier runs as two processes of one thread each, which share its cells: on two cores an hour and a half for the
-# first tier and three for all. `make results` writes their numbers into README.md.
+# first tier and three for all. `make results` writes the numbers of finished tiers into README.md and packs the folders
+# of their cells into one file per tier, so that they can be committed; `make study` goes on from there, too.
 COMPARE = $(BIN)/python compare_models.py
 TIERS := tier1 tier2_doubled tier3_layer_norm tier4_scale
 ARMS := configs/study/dnn.yaml configs/study/pnn.yaml configs/study/pnn_beta.yaml
