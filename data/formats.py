@@ -1,4 +1,7 @@
-"""Formats of datasets: HDF5, pickled paths and Minari in, validated trajectories out.
+"""Formats of datasets: HDF5, pickled paths and Minari in, validated trajectories out; and pickled paths out again.
+
+A reader reads everything into memory once and returns trajectories that can be learned from: finite, all of the same
+state and action dimensions, with at least one transition. Else it raises an ``InputError`` that names the place.
 
 Letters in shapes: ``T`` rows of one trajectory, ``N`` rows of several. All arrays are float32 in raw units. A row is
 one time step: the state, the action taken in it, the reward for it and, where the file has it, the state that followed.
@@ -11,13 +14,14 @@ import importlib.util
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from data.trajectories import Trajectory
+from data.trajectories import Dataset, Trajectory
 from utils import InputError, did_you_mean
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
@@ -26,7 +30,8 @@ SIMULATOR_KEYS = {"infos/qpos": "qpos", "infos/qvel": "qvel"}  # by key: the fie
 FLAG_KEYS = ("terminals", "timeouts")
 NUMBER_KEYS = ("rewards", *FLAG_KEYS)  # (N,); every other array is (N, features)
 
-# All that the pickle of (paths, metadata) needs, under the names of NumPy 1 and 2. Nothing here runs code of the file.
+# The only names a pickle of (paths, metadata) may refer to: what NumPy 1 and 2 need to rebuild arrays, and plain
+# containers. None of them can be made to run code from the file.
 PICKLED_NAMES = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -41,8 +46,20 @@ PICKLED_NAMES = {
 # ---- readers ---------------------------------------------------------------------------------------------------------
 
 
-def read_hdf5(path: Path, simulator_states: bool, limit: int | None) -> tuple[list[Trajectory], str | None]:
-    """Returns the trajectories of a D4RL-format file and the environment's name, where its attributes give one."""
+def read_hdf5(path: Path, simulator_states: bool, limit: int | None = None) -> tuple[list[Trajectory], str | None]:
+    """Reads a D4RL-format HDF5 file.
+
+    Args:
+        path: The file.
+        simulator_states: Whether to read ``infos/qpos`` and ``infos/qvel`` too, where the file has them.
+        limit: Steps after which the environment ends an episode, used where the file records no timeouts.
+
+    Returns:
+        The trajectories, and the environment's name where the file's attributes give one.
+
+    Raises:
+        InputError: If the file cannot be read or learned from.
+    """
     try:
         with h5py.File(path, "r") as file:
             columns = {key: file[key] for key in _keys(simulator_states) if isinstance(file.get(key), h5py.Dataset)}
@@ -56,7 +73,9 @@ def read_hdf5(path: Path, simulator_states: bool, limit: int | None) -> tuple[li
             "if time limits cut some, add a boolean array 'timeouts'",
             file=sys.stderr,
         )
-    return _episodes(values, limit), None if env_name is None else str(env_name)
+    trajectories = _episodes(values, limit)
+    _check_together(trajectories, str(path))
+    return trajectories, None if env_name is None else str(env_name)
 
 
 def _keys(simulator_states: bool) -> tuple[str, ...]:
@@ -64,7 +83,7 @@ def _keys(simulator_states: bool) -> tuple[str, ...]:
 
 
 def _unreadable_hdf5(path: Path, error: Exception) -> str:
-    """Says why HDF5 could not read a file: the remedy for half a file is not that for another kind of file."""
+    """Says why HDF5 could not read a file and what to do: fetch half a file again, give another file than a zip."""
     if "truncated" in str(error) or path.stat().st_size == 0:
         return f"{path} is truncated (incomplete): a download or copy of it was cut off; delete it and fetch it again"
     if not h5py.is_hdf5(path):
@@ -73,10 +92,13 @@ def _unreadable_hdf5(path: Path, error: Exception) -> str:
 
 
 def read_minari(name: str) -> tuple[list[Trajectory], str | None, str]:
-    """Returns the trajectories of a Minari dataset on this machine, its environment's name and a digest of its arrays.
+    """Reads a Minari dataset that is on this machine.
+
+    Returns:
+        The trajectories, the environment's name where Minari knows it, and a SHA-256 digest of the arrays.
 
     Raises:
-        InputError: If Minari is not installed or has no such dataset here, or the dataset cannot be used.
+        InputError: If Minari is not installed or has no such dataset here, or it cannot be learned from.
     """
     if importlib.util.find_spec("minari") is None:
         raise InputError(f"{name!r} is no file; to load it as a Minari id, first: pip install 'minari[hdf5]'")
@@ -91,7 +113,7 @@ def read_minari(name: str) -> tuple[list[Trajectory], str | None, str]:
         if not isinstance(episode.observations, np.ndarray):
             raise InputError(f"{name} has observations that are no vectors; only float vectors can be learned")
         columns = {
-            "observations": episode.observations[:-1],  # Minari records the state behind the last action, too
+            "observations": episode.observations[:-1],  # the last one is what followed the last action
             "actions": np.asarray(episode.actions),
             "rewards": episode.rewards,
             "terminals": episode.terminations,
@@ -101,8 +123,12 @@ def read_minari(name: str) -> tuple[list[Trajectory], str | None, str]:
         values = _validate(columns, f"{name}, episode {index}", found=[])
         for column in values.values():
             digest.update(column)
-        trajectories += _episodes(values, None)
+        trajectories += _episodes(values)
+    _check_together(trajectories, name)
     return trajectories, source.env_spec.id if source.env_spec else None, digest.hexdigest()
+
+
+# ---- pickled paths ---------------------------------------------------------------------------------------------------
 
 
 class _PathsUnpickler(pickle.Unpickler):
@@ -114,17 +140,70 @@ class _PathsUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@dataclass(frozen=True)
+class PickledPaths:
+    """What a pickle of ``(list of paths, metadata)`` holds, as planners write and read it.
+
+    Attributes:
+        file: The pickle.
+        paths: A dictionary of arrays under D4RL's keys for each.
+        dataset: The dataset's name, if the metadata give one.
+        env_name: The environment's name, if the metadata give one.
+        sha256: In a cache, the digest of the file that the paths were read from; not checked.
+    """
+
+    file: Path
+    paths: list[dict[str, Any]]
+    dataset: object
+    env_name: str | None
+    sha256: str | None
+
+    def trajectories(self, simulator_states: bool) -> list[Trajectory]:
+        """Returns the validated trajectories.
+
+        A path is one episode, or several where its ``terminals`` and ``timeouts`` say so. Instead of ``terminals`` it
+        may have ``terminated``, a flag for its last row. With neither, it was cut off.
+
+        Raises:
+            InputError: If they cannot be learned from.
+        """
+        trajectories = []
+        for index, path in enumerate(self.paths):
+            where = f"{self.file}, path {index}"
+            columns = _path_columns(path, simulator_states, where)
+            trajectories += _episodes(_validate(columns, where, found=list(map(str, path))))
+        _check_together(trajectories, str(self.file))
+        return trajectories
+
+
 def is_pickle(path: Path) -> bool:
     """Whether a file is a pickle, by its name or its first byte."""
     with path.open("rb") as file:
         return path.suffix in (".pkl", ".pickle") or file.read(1) == pickle.PROTO
 
 
-def read_pickle(path: Path, simulator_states: bool) -> tuple[list[Trajectory], dict[str, Any]]:
-    """Returns the trajectories and metadata of a pickled ``(list of paths, metadata)``.
+def read_pickle(path: Path, simulator_states: bool) -> tuple[list[Trajectory], str | None]:
+    """Reads a pickle of ``(list of paths, metadata)``.
 
-    A path is a dictionary of arrays under D4RL's keys and ends an episode, or several where its flags say so. Instead
-    of ``terminals`` it may have ``terminated`` (one flag, for its end), or neither: then it was cut off.
+    Args:
+        path: The file.
+        simulator_states: Whether to read ``infos/qpos`` and ``infos/qvel`` too, where the paths have them.
+
+    Returns:
+        The trajectories, and the environment's name where the metadata give one.
+
+    Raises:
+        InputError: If the file cannot be read or learned from.
+    """
+    pickled = open_pickle(path)
+    return pickled.trajectories(simulator_states), pickled.env_name
+
+
+def open_pickle(path: Path) -> PickledPaths:
+    """Unpickles ``(list of paths, metadata)`` without looking into the paths yet.
+
+    Raises:
+        InputError: If the file holds something else, or names what is not read from a stranger's file.
     """
     try:
         with path.open("rb") as file:
@@ -140,19 +219,22 @@ def read_pickle(path: Path, simulator_states: bool) -> tuple[list[Trajectory], d
         raise InputError(
             f"{path} hides parts of the state (its obs_mask is not all ones); only whole states are learned"
         )
-    trajectories = []
-    for index, entry in enumerate(paths):
-        where = f"{path}, path {index}"
-        columns = _path_columns(entry, simulator_states, where)
-        trajectories += _episodes(_validate(columns, where, found=list(map(str, entry))), None)
-    return trajectories, metadata
+    env_name = metadata.get("env_name")
+    if env_name is not None and not isinstance(env_name, str):
+        raise InputError(f"{path} has the env_name {env_name!r}; expected a string")
+    return PickledPaths(path, paths, metadata.get("dataset"), _plain(env_name), _plain(metadata.get("sha256")))
 
 
-def _path_columns(entry: dict[str, Any], simulator_states: bool, where: str) -> dict[str, np.ndarray]:
-    """Returns a path's arrays by key, with a flag per row under ``terminals``."""
-    keys = [key for key in (*_keys(simulator_states), "terminated") if entry.get(key) is not None]
+def _plain(value: object) -> str | None:
+    """Returns a plain string, also for NumPy's own kind of string: model.pkl, where it ends up, holds plain Python."""
+    return None if value is None else str(value)
+
+
+def _path_columns(path: dict[str, Any], simulator_states: bool, where: str) -> dict[str, np.ndarray]:
+    """Returns a path's arrays by key, with one flag per row under ``terminals``."""
+    keys = [key for key in (*_keys(simulator_states), "terminated") if path.get(key) is not None]
     try:
-        columns = {key: np.asarray(entry[key]) for key in keys}
+        columns = {key: np.asarray(path[key]) for key in keys}
     except ValueError:
         raise InputError(f"{where} has lists of different lengths where an array is expected") from None
     terminated = columns.pop("terminated", np.asarray(False))
@@ -164,8 +246,20 @@ def _path_columns(entry: dict[str, Any], simulator_states: bool, where: str) -> 
     return columns
 
 
-def to_path(trajectory: Trajectory) -> dict[str, np.ndarray]:
-    """Returns a trajectory as the dictionary that planners read, from which ``read_pickle`` makes the same again."""
+def to_paths(dataset: Dataset) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    """Returns a dataset as ``(list of paths, metadata)``, the pair that planners unpickle and ``open_pickle`` reads."""
+    metadata = {
+        "dataset": dataset.name,
+        "env_name": dataset.env_name,
+        "obs_mask": np.ones(dataset.state_dim, np.float32),
+        "sha256": dataset.sha256,
+        "rows": dataset.num_rows,
+        "trajectories": len(dataset.trajectories),
+    }
+    return [_to_path(trajectory) for trajectory in dataset.trajectories], metadata
+
+
+def _to_path(trajectory: Trajectory) -> dict[str, np.ndarray]:
     fields = {key: key for key in ("observations", "actions", "rewards", "next_observations")} | SIMULATOR_KEYS
     path = {key: getattr(trajectory, field) for key, field in fields.items()}
     is_last = np.arange(len(trajectory)) == len(trajectory) - 1
@@ -179,15 +273,15 @@ def to_path(trajectory: Trajectory) -> dict[str, np.ndarray]:
 def _validate(
     columns: Mapping[str, h5py.Dataset | np.ndarray], where: str, *, found: list[str]
 ) -> dict[str, np.ndarray]:
-    """Checks columns of equal length and reads them into memory.
+    """Checks columns and reads them into memory.
 
     Args:
-        columns: Arrays or HDF5 datasets by key, ``(N, features)`` or ``(N,)``.
-        where: What to call their source in messages.
-        found: All keys of the source, for the message about a missing one.
+        columns: Arrays or HDF5 datasets by key, ``(N, features)`` or ``(N,)``, all of the same N.
+        where: Where they are from, for messages.
+        found: All keys there, for the message about a missing one.
 
     Returns:
-        The same keys: float32, finite; ``terminals`` and ``timeouts`` bool, ``(N,)``.
+        The same columns in float32, all finite; ``terminals`` and ``timeouts`` as bool ``(N,)``.
     """
     for key in REQUIRED_KEYS:
         if key not in columns:
@@ -213,7 +307,7 @@ def _validate(
 
 
 def _check_kind(key: str, column: h5py.Dataset | np.ndarray, where: str) -> None:
-    """Refuses what holds no float vectors, or no numbers under the keys of one number per row, before reading it."""
+    """Refuses a column of another type or shape than its key stands for, before it is read."""
     shape, dtype = column.shape, column.dtype
     if key == "observations" and (len(shape) > 2 or dtype == np.uint8):
         raise InputError(f"{where} has image observations (shape {shape}, {dtype}); only float vectors can be learned")
@@ -228,7 +322,7 @@ def _check_kind(key: str, column: h5py.Dataset | np.ndarray, where: str) -> None
 
 
 def _read_column(key: str, column: h5py.Dataset | np.ndarray, where: str) -> np.ndarray:
-    """Returns a column of the right kind in memory, every value finite and every flag 0 or 1."""
+    """Reads a column into memory, and checks that every value is finite and every flag 0 or 1."""
     with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, and is reported below
         values = np.ascontiguousarray(column.astype(np.float32)[...])
     if key in NUMBER_KEYS:
@@ -242,8 +336,8 @@ def _read_column(key: str, column: h5py.Dataset | np.ndarray, where: str) -> np.
     return values.astype(bool) if key in FLAG_KEYS else values
 
 
-def check_together(trajectories: list[Trajectory], where: str) -> None:
-    """Checks what concerns all trajectories: their kind must be one, and they must hold a transition."""
+def _check_together(trajectories: list[Trajectory], where: str) -> None:
+    """Checks what concerns all trajectories: they have the same dimensions, and there is a transition."""
     shapes = {(t.observations.shape[1], t.actions.shape[1], t.next_observations is not None) for t in trajectories}
     if len(shapes) > 1:
         raise InputError(
@@ -259,8 +353,8 @@ def check_together(trajectories: list[Trajectory], where: str) -> None:
         )
 
 
-def _episodes(columns: Mapping[str, np.ndarray], limit: int | None) -> list[Trajectory]:
-    """Cuts validated columns where an episode ended; trajectories are views, nothing is copied."""
+def _episodes(columns: Mapping[str, np.ndarray], limit: int | None = None) -> list[Trajectory]:
+    """Cuts validated columns into episodes; trajectories are views, nothing is copied."""
     ends = _episode_ends(columns["terminals"], columns.get("timeouts"), limit)
     starts = np.concatenate(([0], ends[:-1]))
     fields = {SIMULATOR_KEYS.get(key, key): column for key, column in columns.items() if key not in FLAG_KEYS}
@@ -272,10 +366,10 @@ def _episodes(columns: Mapping[str, np.ndarray], limit: int | None) -> list[Traj
 
 
 def _episode_ends(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int | None) -> np.ndarray:
-    """Returns, for every episode, the index behind its last row.
+    """Returns the index after the last row of every episode.
 
-    An episode ends at a terminal, at a timeout and with the data. D4RL's oldest files have no timeouts: as in its
-    ``qlearning_dataset``, an episode then also ends after as many steps as the environment allows, from its start.
+    An episode ends at a terminal, at a timeout, and with the data. D4RL's oldest files have no timeouts: there it also
+    ends ``limit`` steps after its start, as in D4RL's ``qlearning_dataset``.
     """
     last = terminals.copy() if timeouts is None else terminals | timeouts  # (N,)
     last[-1] = True

@@ -40,7 +40,7 @@ class Trajectory:
 
     @property
     def num_transitions(self) -> int:
-        """Every row with next observations; else the pairs of neighbouring rows, one fewer."""
+        """One per row where there are next observations, else one per pair of neighbouring rows."""
         return len(self) if self.next_observations is not None else len(self) - 1
 
 
@@ -83,7 +83,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Transitions:
-    """What models train on.
+    """What models train on: one transition per row.
 
     Attributes:
         states: ``(N, state_dim)``.
@@ -120,15 +120,16 @@ def split_trajectories(
 ) -> Split:
     """Divides whole trajectories at random into training, holdout and test.
 
-    The trajectories are put in the order ``np.random.default_rng(split_seed).permutation(len(trajectories))``. The test
-    set is taken from the front of it and the holdout from the back, so that neither depends on the size of the other.
+    ``np.random.default_rng(split_seed).permutation(len(trajectories))`` orders the trajectories. The test set is taken
+    from the front and the holdout from the back, so that neither depends on the size of the other.
 
     Args:
         dataset: What to divide.
         split_seed: Seed of the order.
-        holdout_ratio: Share of all transitions to hold out, 0 <= ratio < 1; as near to it as whole trajectories come.
-        holdout_samples: Hold out whole trajectories until there are this many transitions; instead of the ratio.
-        test_ratio: Share of all transitions to keep for testing, counted like ``holdout_ratio``.
+        holdout_ratio: Share of all transitions to hold out, 0 <= ratio < 1. Of the shares that whole trajectories can
+            make up, the nearest is taken.
+        holdout_samples: Instead of the ratio: hold out whole trajectories until they have this many transitions.
+        test_ratio: Share of all transitions to keep for testing, taken like ``holdout_ratio``.
 
     Raises:
         InputError: If a ratio is out of range, both holdout sizes are given, or a side would get no transition.
@@ -152,7 +153,7 @@ def split_trajectories(
 
 
 def check_shares(holdout_ratio: float, holdout_samples: int | None, test_ratio: float) -> None:
-    """Checks what can be checked of a split before the dataset is there.
+    """Checks what can be checked before the dataset is loaded.
 
     Raises:
         InputError: If a ratio is out of range, or both holdout sizes are given.
@@ -165,7 +166,14 @@ def check_shares(holdout_ratio: float, holdout_samples: int | None, test_ratio: 
 
 
 def _count_for_ratio(sizes: np.ndarray, ratio: float) -> int:
-    """Returns how many leading trajectories come nearest to a share of all transitions, none and all excluded."""
+    """Returns how many trajectories to take from the front for their share of all transitions to be nearest to a ratio.
+
+    A ratio above 0 takes at least one transition and leaves at least one.
+
+    Args:
+        sizes: Transitions of each trajectory, ``(trajectories,)``.
+        ratio: The share asked for.
+    """
     if ratio == 0:
         return 0
     share = np.cumsum(sizes) / sizes.sum()
@@ -173,7 +181,7 @@ def _count_for_ratio(sizes: np.ndarray, ratio: float) -> int:
 
 
 def _count_for_samples(sizes: np.ndarray, samples: int) -> int:
-    """Returns how many leading trajectories it takes to have that many transitions."""
+    """Returns how many trajectories from the front it takes to have that many transitions."""
     if not 1 <= samples < sizes.sum():
         raise InputError(
             f"holdout_samples is {samples}; expected at least 1 and fewer than the dataset's {sizes.sum()} transitions"
@@ -182,7 +190,7 @@ def _count_for_samples(sizes: np.ndarray, samples: int) -> int:
 
 
 def gather_transitions(dataset: Dataset, indices: np.ndarray) -> Transitions:
-    """Returns the transitions of some trajectories, one behind the other in the order of the indices.
+    """Returns the transitions of the trajectories with these indices, in the order of the indices.
 
     With next observations every row is a transition, terminal ones included; without, neighbouring rows are paired.
     """
@@ -205,9 +213,10 @@ def _concatenate(arrays: list[np.ndarray], row_shape: tuple[int, ...]) -> np.nda
 
 
 def holdout_rows(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
-    """Returns the rows of some trajectories in the concatenation of ``observations[:-1]`` over all trajectories.
+    """Returns where the rows of some trajectories are in the concatenation of ``observations[:-1]`` over all.
 
-    This is the indexing of published planners (``model.holdout_idx``), whether or not the file has next observations.
+    Published planners index held-out rows like this (``model.holdout_idx``), whether or not the file has next
+    observations.
     """
     ends = np.cumsum([len(trajectory) - 1 for trajectory in dataset.trajectories])
     starts = np.concatenate(([0], ends[:-1]))
