@@ -1,4 +1,4 @@
-"""What the commands share: parser, exit codes, Ctrl-C, checks of where results go, the choice of a device."""
+"""What the commands share: parser, exit codes, Ctrl-C, checks of outputs, choice of device."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def exit_on_input_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Lets SIGTERM, as schedulers send it, end the block like Ctrl-C does: by a KeyboardInterrupt.
+    """Lets SIGTERM, which schedulers send, end the block as Ctrl-C does: by a KeyboardInterrupt.
 
     Yields:
-        The signals received so far. Python drops an exception that a signal raises inside a finaliser, so a loop looks
-        here, too, when it has finished a piece of work.
+        The signals received so far. Python drops the KeyboardInterrupt of a signal that arrives inside a finaliser, so
+        a long loop also looks here between two pieces of work.
     """
     received: list[int] = []
 
@@ -58,60 +58,62 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# --- Where results go ---
+# --- Outputs ---
 
 
 def check_output_file(path: Path, flag: str) -> None:
-    """Checks that a file can be written where it was asked for, without writing it.
+    """Checks that a file can be written to a path, without writing it.
 
     Args:
         path: The file.
-        flag: What asked for it, for the message.
+        flag: The flag that gave the path, for the message.
 
     Raises:
-        InputError: If the path is no file, or its nearest existing folder takes none.
+        InputError: If there is something else than a file, or its nearest existing folder takes no files.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
-    existing = _nearest_existing(path)
+    folder = path.parent
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
+        folder = _nearest_existing(folder)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = f"{existing}: {error.strerror}"
+        reason = f"{folder}: {error.strerror}"
         raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
 
 
-def check_output_folder(folder: Path, is_ours: bool, expected: str, flag: str = "--output") -> None:
-    """Checks that results can be written to a folder: a new or empty one, or one that holds earlier results.
+def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
+    """Checks that results can be written to a folder: a new one, an empty one, or one with results of the same command.
 
     Args:
-        folder: Where results go.
+        folder: What ``--output`` gave.
         is_ours: Whether what the folder holds, if anything, was written by the same command.
         expected: What that command writes, such as ``a report``, for the message.
-        flag: What asked for it, for the message.
 
     Raises:
-        InputError: If they cannot.
+        InputError: If it is a file, holds something else, or cannot be made or written. Hidden files do not count.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{flag} {str(folder)!r} is a file; give a folder")
+        raise InputError(f"--output {str(folder)!r} is a file; give a folder")
     if not is_ours and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise InputError(f"{flag} {str(folder)!r} holds other files than {expected}; give a new or empty folder")
-    existing = folder if folder.exists() else _nearest_existing(folder)
+        raise InputError(f"--output {str(folder)!r} holds other files than {expected}; give a new or empty folder")
+    existing = _nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{flag} {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
+        raise InputError(f"--output {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
 
 
-def _nearest_existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def _nearest_existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest of its parents that exists, as an absolute path."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-# --- Where to compute ---
+# --- Device ---
 
 
 def choose_device(name: str) -> str:
-    """Returns the device to compute on: ``auto`` takes CUDA where there is one, any other name must exist.
+    """Returns the device to compute on: ``auto`` takes CUDA where there is any; a device asked for by name must exist.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

@@ -1,57 +1,40 @@
-"""utils: devices, atomic writes, commits; and what the module may be (small, no classes, no domain)."""
+"""utils: near misses, atomic writes, origins; and what the module may be (small, without a word of the domain)."""
 
 import ast
 import os
+import platform
 import re
 import stat
 import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
-import torch
 
 import utils
-from cli import choose_device
-from utils import atomic_write, git_commit
+from utils import InputError, Origin, atomic_write, did_you_mean, git_commit
 
 SOURCE = Path(utils.__file__)
 ROOT = SOURCE.parent
 
 
-# --- Devices ---
+# --- Near misses ---
 
 
-@pytest.fixture
-def cuda_devices(monkeypatch):
-    """Returns a function that makes PyTorch count that many CUDA devices."""
-    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+def test_did_you_mean_names_the_closest_and_only_the_closest():
+    known = ["fit_epochs", "fit_lr", "ensemble_size"]
+
+    assert did_you_mean("fit_epoch", known) == " (did you mean 'fit_epochs'?)"
+    assert did_you_mean("ensemblesize", known) == " (did you mean 'ensemble_size'?)"
 
 
-@pytest.mark.parametrize(("count", "chosen"), [(0, "cpu"), (1, "cuda:0"), (2, "cuda:0")])
-def test_auto_takes_the_first_cuda_device_where_there_is_one(cuda_devices, count, chosen):
-    cuda_devices(count)
-    assert choose_device("auto") == chosen
+def test_did_you_mean_is_silent_where_nothing_is_close():
+    assert did_you_mean("zzz", ["fit_epochs"]) == ""
+    assert did_you_mean("fit_epochs", []) == ""
 
 
-def test_named_device_is_taken_and_cuda_is_the_first(cuda_devices):
-    cuda_devices(2)
-    chosen = [choose_device(name) for name in ("cpu", "cuda", "cuda:0", "cuda:1")]
-    assert chosen == ["cpu", "cuda:0", "cuda:0", "cuda:1"]
-
-
-@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
-def test_cuda_that_is_not_there_is_an_error_and_never_the_cpu(cuda_devices, count, name):
-    cuda_devices(count)
-    found = "none" if count == 0 else "cuda:0, cuda:1"
-    with pytest.raises(ValueError, match=rf"'{name}' is not here \(CUDA devices found: {found}\).*--cpu"):
-        choose_device(name)
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "CUDA"])
-def test_unknown_device_is_an_error_that_names_the_known_ones(cuda_devices, name):
-    cuda_devices(1)
-    with pytest.raises(ValueError, match=re.escape(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")):
-        choose_device(name)
+def test_did_you_mean_takes_any_iterable():
+    assert did_you_mean("fit_l", {"fit_lr": 1}) == " (did you mean 'fit_lr'?)"
 
 
 # --- Atomic writes ---
@@ -153,7 +136,7 @@ def test_content_is_on_disk_before_it_replaces_the_old_file(tmp_path, monkeypatc
     assert events == ["synced", "replaced"]
 
 
-# --- Seeds and commits ---
+# --- Origin ---
 
 
 def git(folder, *arguments):
@@ -203,19 +186,28 @@ def test_commit_is_none_in_a_folder_that_does_not_exist(tmp_path):
     assert git_commit(tmp_path / "missing") is None
 
 
+def test_origin_is_the_commit_of_this_code_and_the_versions_of_what_decides_numbers():
+    origin = Origin.here()
+
+    assert origin.git_commit == git_commit(ROOT)
+    assert list(origin.versions) == ["python", "torch", "numpy"]
+    assert origin.versions["python"] == platform.python_version()
+    assert origin.versions["numpy"] == numpy.__version__
+
+
 # --- What the module may be ---
 
 
-def test_module_stays_small_has_no_class_and_imports_nothing_of_the_project():
+def test_input_error_is_a_value_error_for_those_who_call_functions_from_their_own_code():
+    assert issubclass(InputError, ValueError)
+
+
+def test_module_stays_small():
     text = SOURCE.read_text(encoding="utf-8")
-    nodes = list(ast.walk(ast.parse(text)))
-    modules = {path.stem for path in ROOT.glob("*.py")}
-    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    classes = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)}
 
     assert len(text.splitlines()) < 100
-    assert not [node.name for node in nodes if isinstance(node, ast.ClassDef)]
-    assert "tempfile" in imported and not imported & modules
+    assert classes <= {"InputError", "Origin"}
 
 
 def test_module_knows_no_word_of_the_domain():
