@@ -8,6 +8,7 @@ In all tables ``low`` and ``high`` are the limits of a 95 % interval, unless a c
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,12 @@ def log_errors(results: Results, wanted: ErrorKey, horizon: int) -> LogErrors:
     return LogErrors(by_seed, replicates, trajectories)
 
 
+@functools.lru_cache
+def _trajectory_counts(trajectories: int) -> np.ndarray:
+    """Returns how often each trajectory counts, ``(1 + B, T)``: once in the first row, as resampled in the others."""
+    return np.vstack([np.ones(trajectories), resample_counts(trajectories, REPLICATES, seed=0)])
+
+
 def _log_values(result: Result, metric: str, horizon: int) -> tuple[float, np.ndarray, int]:
     """Returns the log of an error, its replicates ``(B,)`` and the number of trajectories."""
     if metric == "rollout_error":
@@ -150,7 +157,7 @@ def _log_values(result: Result, metric: str, horizon: int) -> tuple[float, np.nd
         table = result.tables["trajectories"]
         values, weights, combine = table["mse" if metric == "nrmse" else metric], table.rows, weighted_mean
     identities, place = np.unique(table.trajectory, return_inverse=True)
-    counts = np.vstack([np.ones(len(identities)), resample_counts(len(identities), REPLICATES, seed=0)])
+    counts = _trajectory_counts(len(identities))
     logs = np.log(combine(values.to_numpy(), counts[:, place] * np.asarray(weights)))
     logs = logs / 2 if metric == "nrmse" else logs  # root of the mean square
     return float(logs[0]), logs[1:], len(identities)

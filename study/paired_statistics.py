@@ -1,14 +1,14 @@
-"""Statistics of paired comparisons: plain functions from arrays to numbers, seeded, with no file access.
+"""Statistics of paired comparisons: plain, seeded functions from arrays to numbers.
 
 Letters in shapes: ``S`` seeds, ``T`` test trajectories, ``B`` bootstrap replicates, ``N`` values.
 
 A model's error varies with the seed that trained it and with the trajectories that test it, and every seed meets every
 trajectory: the two are crossed random factors, as readers and cases are in radiology. ``crossed_interval`` resamples
-both at once (the pigeonhole bootstrap; Owen 2007, "The pigeonhole bootstrap") and differs from the textbook in two
-points, which five seeds make necessary, as the percentiles of so small a bootstrap cover far less than they promise:
+both at once (Owen 2007, "The pigeonhole bootstrap"). With five seeds, the percentiles of such a bootstrap cover far
+less than they promise; it therefore differs from the textbook in two points:
 
 - each replicate draws ``n - 1`` of ``n`` items, which makes the variance of a mean unbiased (Rao and Wu 1988);
-- limits are t quantiles with Satterthwaite's degrees of freedom over the two factors.
+- limits are t quantiles, with Satterthwaite's degrees of freedom over the two factors.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ REPLICATES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its uncertainty; everything but the mean is nan where there is too little to estimate it from.
+    """A mean with its uncertainty, which is nan where there is too little to estimate it from.
 
     Attributes:
         mean: The estimate.
         standard_error: Its standard deviation.
-        degrees: Degrees of freedom behind the standard error.
-        level: Of the interval.
+        degrees: Degrees of freedom of the standard error.
+        level: Probability that the interval promises.
     """
 
     mean: float
@@ -65,7 +65,11 @@ class Estimate:
 
 
 def resample_counts(items: int, replicates: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Draws ``items - 1`` of the items with replacement, many times: how often each was drawn, ``(B, items)``."""
+    """Draws ``items - 1`` of so many items with replacement, in each replicate.
+
+    Returns:
+        How often each item was drawn, ``(B, items)``; nan for a single item.
+    """
     if items < 2:
         return np.full((replicates, items), np.nan)
     return np.random.default_rng(seed).multinomial(items - 1, np.full(items, 1 / items), size=replicates).astype(float)
@@ -107,12 +111,12 @@ def crossed_interval(
         level: Of the interval.
 
     Returns:
-        An estimate of uncertainty nan for fewer than two seeds or trajectories.
+        The estimate; its uncertainty is nan for fewer than two seeds or trajectories.
     """
     seeds = len(by_seed)
     if seeds < 2 or trajectories < 2:
         return Estimate(float(np.mean(by_seed)) if seeds else math.nan, math.nan, math.nan, level)
-    counts = resample_counts(seeds, len(replicates), [seed, 1])  # another stream than the caller's for trajectories
+    counts = resample_counts(seeds, len(replicates), [seed, 1])  # not the stream that drew trajectories
     variance = np.var((replicates * counts).sum(axis=1) / (seeds - 1), ddof=1)
     of_seeds = np.var(by_seed, ddof=1) / seeds
     of_trajectories = np.var(replicates.mean(axis=1), ddof=1)
@@ -129,7 +133,7 @@ def satterthwaite(variances: Sequence[float], degrees: Sequence[float]) -> float
 
 
 def pool(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates, each of which counts alike: datasets as fixed effects."""
+    """Mean of independent estimates that all count alike: datasets as fixed effects."""
     variances = [np.square(estimate.standard_error / len(estimates)) for estimate in estimates]
     degrees = satterthwaite(variances, [estimate.degrees for estimate in estimates])
     mean = float(np.mean([estimate.mean for estimate in estimates]))
@@ -144,7 +148,7 @@ class SpreadRatio:
     """Ratio of two paired standard deviations.
 
     Attributes:
-        log: Estimate of the ratio's log; limits and p-value from it are approximate, what ``pool`` needs.
+        log: Estimate of the ratio's log, for ``pool``; its own limits and p-value are approximate.
         low: Lower confidence limit of the ratio, exact.
         high: Upper confidence limit of the ratio, exact.
         p_value: Two-sided, exact.
@@ -172,7 +176,7 @@ def compare_spreads(first: np.ndarray, second: np.ndarray, level: float = 0.95) 
         level: Of the interval.
 
     Returns:
-        The ratio of the first to the second; uncertainties are nan for fewer than three pairs.
+        The ratio of the first to the second; its uncertainty is nan for fewer than three pairs.
     """
     log_ratio, degrees = math.log(np.std(first) / np.std(second)), len(first) - 2
     if degrees < 1:
@@ -189,7 +193,7 @@ def compare_spreads(first: np.ndarray, second: np.ndarray, level: float = 0.95) 
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Adjusts p-values of one family (Holm 1979): each may be compared with the level itself; nan stays nan."""
+    """Adjusts the p-values of one family (Holm 1979), for each to be compared with the level itself; nan stays nan."""
     p_values = np.asarray(p_values, dtype=float)
     adjusted, tested = np.full_like(p_values, np.nan), np.flatnonzero(np.isfinite(p_values))
     order = tested[np.argsort(p_values[tested])]
@@ -201,29 +205,32 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 # --- Aggregates over runs, as rliable defines them (Agarwal et al. 2021) ---
 
 
-def interquartile_mean(scores: np.ndarray) -> float:
-    """Mean of the middle half of all runs of all tasks, ``(tasks, S)``; a quarter is cut off at each end."""
-    return float(stats.trim_mean(scores, 0.25, axis=None))
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """Mean of the runs of all tasks without the lowest and the highest quarter: of ``(..., tasks, S)``, ``(...)``."""
+    return stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
-def probability_of_improvement(errors: np.ndarray, reference: np.ndarray) -> float:
+def probability_of_improvement(errors: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Probability that a run has a lower error than one of the reference, ties counting half; the mean over tasks.
 
     Args:
-        errors: ``(tasks, S)``; infinite for a run that failed.
-        reference: ``(tasks, R)``.
+        errors: ``(..., tasks, S)``; infinite for a run that failed.
+        reference: ``(..., tasks, R)``.
+
+    Returns:
+        ``(...)``.
     """
-    pairs = errors[:, :, None], reference[:, None, :]
-    return float(((pairs[0] < pairs[1]) + 0.5 * (pairs[0] == pairs[1])).mean())
+    errors, reference = errors[..., :, None], reference[..., None, :]
+    return ((errors < reference) + 0.5 * (errors == reference)).mean(axis=(-3, -2, -1))
 
 
 def stratified_interval(
-    statistic: Callable[..., float], arrays: Sequence[np.ndarray], *, seed: int = 0, level: float = 0.95
+    statistic: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap that resamples each task's runs: rliable's interval, from ``REPLICATES`` replicates.
+    """Percentile bootstrap that resamples the runs of each task: rliable's interval, from ``REPLICATES`` replicates.
 
     Args:
-        statistic: Called with arrays like those given.
+        statistic: Called with all replicates of the arrays at once, ``(B, tasks, S)`` each; returns ``(B,)``.
         arrays: ``(tasks, S)`` each, resampled independently.
         seed: Of the resampling.
         level: Of the interval.
@@ -233,6 +240,7 @@ def stratified_interval(
     def resample(runs: np.ndarray) -> np.ndarray:
         return np.take_along_axis(runs, random.integers(runs.shape[1], size=runs.shape), axis=1)
 
-    values = [statistic(*map(resample, arrays)) for _ in range(REPLICATES)]
+    replicates = [[resample(runs) for runs in arrays] for _ in range(REPLICATES)]
+    values = statistic(*map(np.stack, zip(*replicates, strict=True)))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -147,7 +149,7 @@ def test_spreads_interval_covers_what_it_promises():
 
 def test_pooled_spreads_cover_what_they_promise():
     random = np.random.default_rng(6)
-    draws = [pool([simulated_spreads(random, 3, 10**k).log for k in range(4)]) for _ in range(1500)]
+    draws = [pool([simulated_spreads(random, 3, 10**k).log for k in range(4)]) for _ in range(700)]
     assert np.mean([draw.low <= np.log(3) <= draw.high for draw in draws]) == pytest.approx(0.95, abs=0.02)
 
 
@@ -185,6 +187,16 @@ def test_probability_of_improvement_by_hand():
     assert probability_of_improvement(errors, reference) == pytest.approx((2.5 / 4 + 2 / 4) / 2)
 
 
+def test_aggregates_of_many_replicates_are_those_of_each():
+    random = np.random.default_rng(8)
+    errors, reference = random.normal(size=(2, 7, 3, 5)).round(1)
+    means, probabilities = interquartile_mean(errors), probability_of_improvement(errors, reference)
+    assert means.shape == probabilities.shape == (7,)
+    for index in range(7):
+        assert means[index] == interquartile_mean(errors[index])
+        assert probabilities[index] == probability_of_improvement(errors[index], reference[index])
+
+
 def test_probability_of_improvement_is_mann_whitneys_statistic():
     random = np.random.default_rng(6)
     errors, reference = random.normal(size=(3, 5)), random.normal(size=(3, 4))
@@ -194,8 +206,9 @@ def test_probability_of_improvement_is_mann_whitneys_statistic():
 
 def test_stratified_interval_resamples_within_tasks():
     scores = np.array([[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]])  # no task varies
-    assert stratified_interval(np.mean, [scores]) == (3.0, 3.0)
+    mean = partial(np.mean, axis=(-2, -1))
+    assert stratified_interval(mean, [scores]) == (3.0, 3.0)
     random = np.random.default_rng(7)
     many = random.normal(size=(1, 400))
-    low, high = stratified_interval(np.mean, [many])
+    low, high = stratified_interval(mean, [many])
     assert high - low == pytest.approx(2 * 1.96 * many.std() / 20, rel=0.1)
