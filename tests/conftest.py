@@ -1,6 +1,12 @@
-"""What several test files share: small transitions, small members, and members whose values tell who made them."""
+"""What several test files share: small data, small members, trainings, an empty MLflow store, commands as processes."""
 
+import contextlib
+import multiprocessing
+import os
+import runpy
+import shutil
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +19,12 @@ from data.trajectories import Transitions
 from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, Normalisation, random_stream
 from probabilistic_model import ProbabilisticModel
+from tracking import mlflow_store
+from training.batches import normalise_rows
+from training.build import build_ensemble
+from training.loop import train_ensemble
+
+# --- Data and members ---
 
 
 @pytest.fixture(params=[DeterministicModel, ProbabilisticModel], ids=["deterministic", "probabilistic"])
@@ -35,6 +47,18 @@ def linear_system():
         change += noise * np.abs(change).mean(axis=0) * random.normal(size=change.shape)
         parts = states, actions, states + change, states[:, 0] + actions[:, 1] ** 2
         return Transitions(*(part.astype(np.float32) for part in parts))
+
+    return draw
+
+
+@pytest.fixture
+def draw_rows():
+    """Returns a function that draws states and actions of the size of ``random_member``, ``(*leading, 3 or 2)``."""
+
+    def draw(*leading, seed=0):
+        random = np.random.default_rng(seed)
+        draws = [random.normal(size=(*leading, size)).astype(np.float32) for size in (3, 2)]
+        return draws[0] * np.float32([1, 2, 0.5]) + np.float32([0.5, -3, 10]), draws[1]
 
     return draw
 
@@ -97,3 +121,108 @@ def constant_member(unit_normalisation):
         return member
 
     return build
+
+
+@pytest.fixture
+def as_tuple():
+    """Returns a function that makes one form of what the two kinds predict: a tuple of one or two tensors."""
+    return lambda prediction: prediction if isinstance(prediction, tuple) else (prediction,)
+
+
+@pytest.fixture
+def assert_same_weights():
+    """Returns a function that checks that two models are equal to the bit, normalisation included."""
+
+    def check(first, second):
+        ours, others = first.state_dict(), second.state_dict()
+        assert ours.keys() == others.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor.detach(), others[name].detach()), name
+
+    return check
+
+
+# --- Trainings ---
+
+
+@pytest.fixture
+def train():
+    """Returns a function that trains a new ensemble to the end, and gives it and its epochs."""
+
+    def run(config, transitions, holdout=None, **options):
+        ensemble = build_ensemble(config, transitions)
+        rows = normalise_rows(ensemble, transitions)
+        held_out = None if holdout is None else normalise_rows(ensemble, holdout)
+        return ensemble, list(train_ensemble(ensemble, config, rows, held_out, **options))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An MLflow database with its tables, made once as that takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow_store.open_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def workplace(empty_store, tmp_path, monkeypatch):
+    """An empty current folder for a command to write to; its MLflow runs go to an empty store beside it."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --- Commands as processes ---
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes at once, as forks of one that has imported what takes seconds to import.
+
+    They work in the current folder of the test, but with the environment of the first test that asked for one.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    stores = ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.tracing"]
+    forkserver.set_forkserver_preload(["torch", "pytest", "h5py", "matplotlib.pyplot", "pandas", "tqdm", *stores])
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def run_script(script, arguments, environment, printed):
+    """Is what the interpreter does for ``python script arguments``, both outputs going to a file."""
+    with Path(printed).open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def start_script(processes, tmp_path):
+    """Returns a function that starts ``python script arguments`` as a process, and gives it and where it prints.
+
+    The process has the environment of the test, and is killed at its end.
+    """
+    started = []
+
+    def start(script, *arguments):
+        printed = tmp_path / f"printed-{len(started)}"
+        printed.touch()
+        process = processes.Process(
+            target=run_script, args=(str(script), list(map(str, arguments)), dict(os.environ), printed)
+        )
+        process.start()
+        started.append(process)
+        return process, printed
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ValueError):  # the test has closed it
+            process.kill()
+            process.join()
