@@ -36,7 +36,7 @@ import platform
 import shlex
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,12 @@ CHUNK_ROWS = 50_000
 
 POLICY_STREAM, NOISE_STREAM = 0, 1  # each purpose draws from its own random stream
 
+# Takes an observation, ``(observation_dim,)``, and a random generator; returns the intended action, ``(action_dim,)``.
+Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+# --- Policies ---
+
 
 class RandomPolicy:
     """Draws actions uniformly from the action space."""
@@ -77,12 +83,12 @@ class RandomPolicy:
         self.low, self.high = low, high
 
     def __call__(self, observation: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Returns an action, ``(action_dim,)`` float32; the observation does not matter."""
+        """Returns an action, ``(action_dim,)`` float32, whatever the observation."""
         return random.uniform(self.low, self.high).astype(np.float32)
 
 
 class SquashedGaussianPolicy:
-    """The actor of soft actor-critic in NumPy: a Gaussian whose mean and deviation come from an MLP, squashed by tanh.
+    """The actor of soft actor-critic in NumPy: a Gaussian squashed by tanh, its mean and deviation given by an MLP.
 
     Args:
         arrays: ``weight_I`` (out, in) and ``bias_I`` (out,) of the hidden layers; ``mean_weight``, ``mean_bias``,
@@ -103,7 +109,7 @@ class SquashedGaussianPolicy:
         return np.clip(action, low, high)
 
     def gaussian(self, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns mean and log standard deviation before squashing, each ``(action_dim,)``."""
+        """Returns the mean and log standard deviation before squashing, each ``(action_dim,)``."""
         hidden = observation.astype(np.float32)
         for layer in range(self.depth):
             hidden = np.maximum(self.arrays[f"weight_{layer}"] @ hidden + self.arrays[f"bias_{layer}"], 0.0)
@@ -123,13 +129,22 @@ class SquashedGaussianPolicy:
         return cls(arrays, description)
 
     def save(self, path: Path, env_id: str) -> None:
-        """Writes a plain ``.npz``, arrays and two strings without pickles; ``env_id`` names where it was trained."""
+        """Writes the policy as ``.npz``, without pickles.
+
+        Args:
+            path: The file.
+            env_id: The environment the policy was trained in, the only one it can be loaded for.
+        """
         with atomic_write(path) as file:
             np.savez(file, env_name=env_id, description=self.description, **self.arrays)
 
     @classmethod
     def load(cls, path: Path, env: gymnasium.Env) -> SquashedGaussianPolicy:
-        """Reads a policy that ``save`` wrote for the same environment."""
+        """Reads a policy that ``save`` wrote for the same environment.
+
+        Raises:
+            InputError: If the file is missing, is no such policy, or was trained in another environment.
+        """
         if not path.is_file():
             raise InputError(
                 f"policy {str(path)!r} is not a file; --policy takes 'sac', 'random' or the .npz file that an earlier "
@@ -159,6 +174,9 @@ def numpy_weights(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     return layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()
 
 
+# --- Acting ---
+
+
 def make_env(env_id: str) -> gymnasium.Env:
     """Makes the environment and checks that its observations and actions are vectors of numbers."""
     try:
@@ -185,12 +203,12 @@ def make_env(env_id: str) -> gymnasium.Env:
     return env
 
 
-def transitions(env: gymnasium.Env, policy: Any, seed: int, process_noise: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Yields transitions for ever, episode after episode, each as a row of the dataset.
+def transitions(env: gymnasium.Env, policy: Policy, seed: int, process_noise: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Yields transitions without end, episode after episode, each as a row of the dataset by key.
 
     Args:
         env: The environment to act in.
-        policy: Called with an observation and a random generator; returns the intended action.
+        policy: Who acts.
         seed: Fixes start states, the policy's draws and the process noise.
         process_noise: Standard deviation, in action units, of Gaussian noise on the executed action, which is clipped
             to the action space. The row keeps the intended action, so the dynamics it shows are truly stochastic.
@@ -221,13 +239,13 @@ def transitions(env: gymnasium.Env, policy: Any, seed: int, process_noise: float
 
 
 def collect(
-    env: gymnasium.Env, policy: Any, steps: int, seed: int, process_noise: float = 0.0
+    env: gymnasium.Env, policy: Policy, steps: int, seed: int, process_noise: float = 0.0
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Acts for ``steps`` steps.
+    """Acts for ``steps`` steps; the other arguments are those of ``transitions``.
 
     Returns:
-        The dataset's columns, ``(steps, ...)`` each, float32 or bool, whose last row ends its episode; and the returns
-        of the episodes that ended by themselves.
+        The dataset's columns by key, ``(steps, ...)`` each, float32 or bool, with the last row marked as the end of its
+        episode; and the returns of the episodes that ended before that.
     """
     columns: dict[str, np.ndarray] = {}
     returns, episode_return = [], 0.0
@@ -245,15 +263,18 @@ def collect(
     return columns, returns
 
 
-def evaluate(env: gymnasium.Env, policy: Any, episodes: int, seed: int) -> float:
+def evaluate(env: gymnasium.Env, policy: Policy, episodes: int, seed: int) -> float:
     """Returns the mean return of the policy's stochastic actions over whole episodes."""
+    rows = transitions(env, policy, seed)
     total, ended = 0.0, 0
-    for row in transitions(env, policy, seed):
+    while ended < episodes:
+        row = next(rows)
         total += float(row["rewards"])
-        ended += bool(row["terminals"] or row["timeouts"])
-        if ended == episodes:
-            return total / episodes
-    raise AssertionError("transitions never ends")
+        ended += row["terminals"] or row["timeouts"]
+    return total / episodes
+
+
+# --- Training ---
 
 
 def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path: Path) -> None:
@@ -311,14 +332,23 @@ def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path
         )
 
 
+# --- Files ---
+
+
 def write_dataset(path: Path, columns: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-    """Writes the columns as compressed HDF5 datasets, all or nothing, with ``attributes`` on the file."""
+    """Writes a compressed HDF5 file, all of it or none.
+
+    Args:
+        path: The file.
+        columns: Arrays by key, ``(rows, ...)`` each.
+        attributes: What the file says of how it was made.
+    """
     import h5py
 
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for key, column in columns.items():
-            # One dimension per chunk: neighbours in time resemble each other, which saves 6% over chunks of whole rows.
+            # A chunk holds one dimension over time: neighbours in time are alike, which saves 6% over whole rows.
             chunks = (min(len(column), CHUNK_ROWS), *(1 for _ in column.shape[1:]))
             file.create_dataset(key, data=column, chunks=chunks, compression="gzip", compression_opts=9, shuffle=True)
         file.attrs.update(attributes)
@@ -327,40 +357,55 @@ def write_dataset(path: Path, columns: dict[str, np.ndarray], attributes: dict[s
 
 
 def describe(paths: list[Path]) -> str:
-    """Returns a Markdown table with one row per dataset, read from the files; ``-`` stands for what a file lacks."""
+    """Returns a Markdown table with one row per dataset, read from the files; ``-`` stands for what a file lacks.
+
+    Raises:
+        InputError: If a file is no dataset.
+    """
+    from reporting.page import markdown_table
+
+    header = ("file", "environment", "policy", "process noise", "mean return", "episodes", "transitions", "MB", "keys")
+    return markdown_table(header, [describe_file(path) for path in paths])
+
+
+def describe_file(path: Path) -> list[str]:
+    """Returns a dataset's row of ``describe``."""
     import h5py
 
-    lines = [
-        "| file | environment | policy | process noise | mean return | episodes | transitions | MB | keys |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for path in paths:
-        try:
-            with h5py.File(path) as file:
-                keys: list[str] = []
-                file.visititems(lambda name, item, keys=keys: keys.append(name) if hasattr(item, "shape") else None)
-                transitions_count = len(file["rewards"])
-                made = {**dict.fromkeys(("env_name", "policy", "process_noise", "episodes"), "-"), **file.attrs}
-        except (OSError, KeyError) as error:
-            raise InputError(
-                f"{str(path)!r} cannot be read as a dataset ({error}); expected D4RL-format HDF5"
-            ) from error
-        mean_return = f"{made['mean_return']:.0f}" if "mean_return" in made else "-"
-        cells = [path.name, made["env_name"], made["policy"], made["process_noise"], mean_return, made["episodes"]]
-        cells += [transitions_count, f"{path.stat().st_size / 1e6:.1f}", " ".join(keys)]
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(lines)
+    try:
+        with h5py.File(path) as file:
+            keys: list[str] = []
+            file.visititems(lambda key, item: keys.append(key) if isinstance(item, h5py.Dataset) else None)
+            num_transitions, made = len(file["rewards"]), dict(file.attrs)
+    except (OSError, KeyError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a dataset ({error}); expected D4RL-format HDF5") from error
+    mean_return = f"{made['mean_return']:.0f}" if "mean_return" in made else "-"
+    environment, policy, noise, episodes = (
+        str(made.get(name, "-")) for name in ("env_name", "policy", "process_noise", "episodes")
+    )
+    size = f"{path.stat().st_size / 1e6:.1f}"
+    return [path.name, environment, policy, noise, mean_return, episodes, str(num_transitions), size, " ".join(keys)]
+
+
+# --- The command ---
 
 
 def check_output(path: Path, flag: str, overwrite: bool) -> None:
-    """Refuses a path that exists or cannot be written, before any work is done; leaves nothing behind."""
+    """Checks that a file can be written and does not exist yet, unless it may be overwritten.
+
+    Raises:
+        InputError: If not.
+    """
     check_output_file(path, flag)
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists already; give another path, or --overwrite to replace it")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what decides the data, as attributes; a package that is not installed is left out."""
+    """Returns the versions of Python and of the packages that the data depend on, by the name of the file's attribute.
+
+    A package that is not installed is left out.
+    """
     found = {"python_version": platform.python_version()}
     for package in ("gymnasium", "mujoco", "numpy", "stable-baselines3"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -421,7 +466,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses flags that are missing, make no sense or would have no effect, and files that cannot be written."""
+    """Checks flags and outputs before any work is done.
+
+    Raises:
+        InputError: If a flag is missing, makes no sense or would have no effect, or a file cannot be written.
+    """
     for flag in ("env", "output"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; see --help for a command that runs as it stands")
@@ -431,21 +480,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--seed {args.seed} is negative; expected 0 or more")
     if not (math.isfinite(args.process_noise) and args.process_noise >= 0):
         raise InputError(f"--process_noise {args.process_noise} is no standard deviation; expected 0 or more")
+    check_output(args.output, "--output", args.overwrite)
     if args.policy == "sac":
         if args.target_return is None or not math.isfinite(args.target_return):
             raise InputError("--policy sac needs --target_return, the return that ends training, e.g. 1500 in Hopper")
         if args.max_train_steps is not None and args.max_train_steps < 1:
             raise InputError(f"--max_train_steps {args.max_train_steps} is too few; expected at least 1")
-        if args.save_policy is None:
-            args.save_policy = args.output.with_suffix(".npz")
-        if args.save_policy == args.output:
+        if trained_policy(args) == args.output:
             raise InputError(f"the dataset and the policy would both be {str(args.output)!r}; give two different files")
-        check_output(args.save_policy, "--save_policy", args.overwrite)
+        check_output(trained_policy(args), "--save_policy", args.overwrite)
     else:
         for flag in ("target_return", "max_train_steps", "save_policy"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} is for --policy sac, but --policy is {args.policy!r}; leave it out")
-    check_output(args.output, "--output", args.overwrite)
+
+
+def trained_policy(args: argparse.Namespace) -> Path:
+    """Returns where ``--policy sac`` keeps the policy it trains."""
+    return args.save_policy or args.output.with_suffix(".npz")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -457,13 +509,14 @@ def main(argv: list[str] | None = None) -> None:
             return
         check_arguments(args)
         env = make_env(args.env)
-        if args.policy == "sac":
-            max_steps = args.max_train_steps or MAX_TRAIN_STEPS
-            train_sac(args.env, args.target_return, max_steps, args.seed, args.save_policy)
         if args.policy == "random":
             policy = RandomPolicy(env.action_space.low, env.action_space.high)
+        elif args.policy == "sac":
+            max_steps = args.max_train_steps or MAX_TRAIN_STEPS
+            train_sac(args.env, args.target_return, max_steps, args.seed, trained_policy(args))
+            policy = SquashedGaussianPolicy.load(trained_policy(args), env)
         else:
-            policy = SquashedGaussianPolicy.load(args.save_policy or Path(args.policy), env)
+            policy = SquashedGaussianPolicy.load(Path(args.policy), env)
         columns, returns = collect(env, policy, args.steps, args.seed, args.process_noise)
         if args.drop_next_observations:
             del columns["next_observations"]

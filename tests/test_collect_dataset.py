@@ -218,6 +218,7 @@ def short_training(monkeypatch):
     monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "learning_starts", 50)
     monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "policy_kwargs", {"net_arch": [8, 8]})
     monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "batch_size", 8)
+    monkeypatch.setitem(collect_dataset.SAC_SETTINGS, "train_freq", 10)
     monkeypatch.setattr(collect_dataset, "EVALUATE_EVERY", 100)
     monkeypatch.setattr(collect_dataset, "EVALUATION_EPISODES", 2)
 
@@ -275,6 +276,7 @@ def test_policy_copied_from_an_actor_agrees_with_it(hopper):
         (["--policy", "sac", "--target_return", "nan"], "needs --target_return"),
         (["--policy", "sac", "--target_return", "1", "--max_train_steps", "0"], "expected at least 1"),
         (["--policy", "sac", "--target_return", "1", "--output", "same.npz"], "give two different files"),
+        (["--policy", "sac", "--target_return", "1", "--output", "."], "--output '.' is a folder"),
         (["--target_return", "100"], "is for --policy sac"),
     ],
 )
@@ -369,8 +371,10 @@ def test_describe_prints_a_table_of_any_datasets(tmp_path, capsys):
     capsys.readouterr()
 
     main(["--describe", str(tmp_path / "ours.hdf5"), str(tmp_path / "theirs.hdf5")])
-    _, _, ours, theirs = capsys.readouterr().out.strip().splitlines()
+    header, _, ours, theirs = capsys.readouterr().out.strip().splitlines()
+    assert header.startswith("| file | environment | policy |")
     assert ours.startswith("| ours.hdf5 | Hopper-v5 | random")
+    assert ours.endswith(f"| {' '.join(sorted(KEYS))} |")
     assert theirs.startswith("| theirs.hdf5 | - | - | - | - | - | 7 |")
     with pytest.raises(SystemExit, match="2"):
         main(["--describe", str(tmp_path / "text.hdf5")])
