@@ -1,41 +1,8 @@
 import numpy as np
 import pandas as pd
-import pytest
-from matplotlib.figure import Figure
 
 from evaluation import figures
 from evaluation.report import CAPTIONS, headline_cards
-from reporting.learning_curves import plot_learning_curves
-from reporting.page import format_cell, html_table
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("tsinf", "tsinf"),
-        (256, "256"),
-        (np.int64(12345), "12,345"),
-        (0.123456, "0.123"),
-        (np.float64(12345.6), "12,346"),
-        (1.5e6, "1.5e+06"),
-        (np.inf, "inf"),
-        (np.nan, "-"),
-        (None, "-"),
-        (True, "yes"),
-        (np.bool_(False), "no"),
-    ],
-)
-def test_cells_are_made_to_be_read(value, text):
-    assert format_cell(value) == text
-
-
-def test_tables_escape_what_they_show_and_name_columns_in_words():
-    table = html_table(pd.DataFrame({"dataset": ["<b>&"], "rmse_raw": [0.5], "left_range": [1]}))
-    assert "&lt;b&gt;&amp;" in table
-    assert "<b>" not in table
-    assert ">RMSE, raw</th>" in table
-    assert ">left range</th>" in table
-    assert '<td class="text">' in table
 
 
 def test_cards_show_the_last_horizon_up_to_25_and_leave_out_what_is_unknown():
@@ -89,21 +56,3 @@ def test_unseen_cells_are_numbers_and_seen_ones_are_said():
     (axes,) = figures.draw_cross_dataset(table).axes
     assert [text.get_text() for text in axes.texts] == ["seen", "0.25"]
     assert len(axes.patches) == 1
-
-
-def test_learning_curves_have_a_panel_per_metric_and_a_line_per_member(tmp_path, monkeypatch):
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: (drawn.append(self), save(self, *args)))
-    rows = [(epoch, member, 1 / epoch, None, 0.5 / epoch) for epoch in (1, 2, 3) for member in (0, 1)]
-    table = pd.DataFrame(rows, columns=["step", "model_id", "mse_loss", "train_mse", "val_mse"])
-    table.to_csv(tmp_path / "metrics.csv", index=False)
-    written = plot_learning_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
-    assert written == tmp_path / "curves.png"
-    assert written.read_bytes().startswith(b"\x89PNG")
-    panels = {axes.get_title(): axes for axes in drawn[0].axes}
-    assert list(panels) == ["training loss (squared error)", "validation MSE"]  # train_mse was never measured
-    lines = panels["validation MSE"].lines
-    assert [line.get_label() for line in lines] == ["member 0", "member 1"]
-    np.testing.assert_allclose(lines[0].get_ydata(), [0.5, 0.25, 0.5 / 3])
-    assert panels["validation MSE"].get_yscale() == "log"
