@@ -1,23 +1,23 @@
-"""Scores of predictions: plain functions from arrays to numbers, with no file access and no hidden randomness.
+"""Formulas of scores: plain functions from arrays to numbers, which read no files and draw no random numbers.
 
-Letters in shapes: ``E`` members, ``N`` rows, ``D`` dimensions; ``...`` any axes that fit together. Units are the
-caller's: errors, standard deviations and CRPS come out in the unit of what goes in, variances in its square, negative
-log-likelihoods in nats of the same unit. "Standardised errors" are ``(truth - mean) / std`` of a Gaussian prediction.
+A new metric is a function here and a column of the table in ``tables.py`` that shows it.
 
-Scores of single rows come back row by row, so that the caller takes whatever mean is wanted.
+Letters in shapes: ``E`` members, ``N`` rows, ``D`` dimensions; ``...`` stands for any axes. Units are the caller's:
+errors, standard deviations and CRPS are in the unit of what is passed, variances in its square, and negative
+log-likelihoods are in nats, of densities per that unit. "Standardised errors" are ``(truth - mean) / std`` of a
+Gaussian prediction. Scores of single values come back value by value; the caller averages them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import erf, logsumexp, ndtr, ndtri
-
-LEVELS = (0.5, 0.8, 0.9, 0.95)  # of the central intervals whose coverage is reported
-DISAGREEMENTS = ("max_pairwise", "ensemble_std", "max_aleatoric", "total_std")
 
 # --- Errors ---
 
@@ -84,18 +84,16 @@ def gaussian_nll(truth: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> n
     return 0.5 * (np.square(truth - mean) / variance + np.log(2 * np.pi * variance))
 
 
-def mixture_nll(truth: np.ndarray, means: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of the equal-weight mixture of Gaussians, value by value, in nats.
+def mixture_nll(member_nll: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of the equal-weight mixture of members, in nats, from theirs.
 
     Args:
-        truth: ``(...)``.
-        means: ``(E, ...)``.
-        variances: ``(E, ...)``.
+        member_nll: Negative log-likelihood of each value under each member, ``(E, ...)``, whatever their densities.
 
     Returns:
-        ``(...)``: each dimension has its own (marginal) mixture.
+        ``(...)``: each value has a mixture of its own, the marginal one of its dimension.
     """
-    return np.log(len(means)) - logsumexp(-gaussian_nll(truth, means, variances), axis=0)
+    return np.log(len(member_nll)) - logsumexp(-member_nll, axis=0)
 
 
 def gaussian_crps(truth: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -182,47 +180,6 @@ def coverage_curve(z: np.ndarray, levels: int = 100) -> tuple[np.ndarray, np.nda
     return promised, np.searchsorted(smallest, promised, side="right") / smallest.size
 
 
-def assign_folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deals whole groups to folds of (nearly) equal numbers of groups.
-
-    Args:
-        groups: Label of each row's group, ``(N,)``, such as its trajectory.
-        folds: Number of folds; no more are used than there are groups.
-        seed: Decides who goes where.
-
-    Returns:
-        Fold of each row, ``(N,)`` int.
-    """
-    labels, group_of_row = np.unique(groups, return_inverse=True)
-    fold_of_group = np.random.default_rng(seed).permutation(len(labels)) % folds
-    return fold_of_group[group_of_row]
-
-
-def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Factor that recalibrates standard deviations, fitted for each fold on the other folds.
-
-    One scale per column, the root mean square of standardised errors: what maximises the Gaussian likelihood (Levi et
-    al. 2022, "Evaluating and calibrating uncertainty prediction in regression tasks"). As each row's scale
-    comes from other trajectories, nothing is scored on what fitted it.
-
-    Args:
-        z: ``(..., N, D)``; values that are not finite are left out of the fit.
-        fold: Of each row, ``(N,)``.
-
-    Returns:
-        ``(..., N, D)``; nan where the other folds have no finite value.
-    """
-    square = np.where(np.isfinite(z), np.square(z), 0.0)
-    count = np.isfinite(z).astype(float)
-    scale = np.empty_like(z, dtype=float)
-    for current in np.unique(fold):
-        inside, outside = fold == current, fold != current
-        total = count[..., outside, :].sum(axis=-2)
-        fitted = np.sqrt(square[..., outside, :].sum(axis=-2) / np.where(total > 0, total, np.nan))
-        scale[..., inside, :] = np.maximum(fitted, np.finfo(np.float32).tiny)[..., None, :]  # errors of 0 stay harmless
-    return scale
-
-
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
     """Mean of values and its standard error, when values of one cluster (a trajectory) resemble each other.
 
@@ -256,28 +213,6 @@ def calibrated_horizon(coverage: ArrayLike, standard_error: ArrayLike, level: fl
 # --- Usefulness of uncertainty ---
 
 
-def disagreement(means: np.ndarray, variances: np.ndarray | None, kind: str) -> np.ndarray:
-    """How unsure an ensemble is per row: ``DynamicsEnsemble.disagreement``, of predictions already made.
-
-    Args:
-        means: ``(E, N, D)``.
-        variances: ``(E, N, D)``; None for deterministic members.
-        kind: One of ``DISAGREEMENTS``; ``max_aleatoric`` needs variances.
-
-    Returns:
-        ``(N,)``, in the unit of the means.
-    """
-    if kind == "max_pairwise":
-        largest = np.zeros(means.shape[1])
-        for i, j in itertools.combinations(range(len(means)), 2):
-            largest = np.maximum(largest, np.linalg.norm(means[i] - means[j], axis=-1))
-        return largest
-    if kind == "max_aleatoric":
-        return np.sqrt(variances.sum(axis=-1)).max(axis=0)
-    _, variance = moment_match(means, variances if kind == "total_std" and variances is not None else 0.0)
-    return np.sqrt(variance.sum(axis=-1))
-
-
 def spearman(uncertainty: np.ndarray, error: np.ndarray) -> float:
     """Rank correlation over rows, both ``(N,)``; nan if either is constant."""
     return _correlation(stats.spearmanr, uncertainty, error)
@@ -288,7 +223,7 @@ def pearson(uncertainty: np.ndarray, error: np.ndarray) -> float:
     return _correlation(stats.pearsonr, uncertainty, error)
 
 
-def _correlation(function: object, first: np.ndarray, second: np.ndarray) -> float:
+def _correlation(function: Callable[..., Any], first: np.ndarray, second: np.ndarray) -> float:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     return float(function(first, second).statistic)

@@ -1,11 +1,10 @@
 """The simulator as oracle: the true next state for actions that the dataset never took.
 
-A MuJoCo environment is set to recorded simulator states (``infos/qpos`` and ``infos/qvel``) and makes one step. Off the
-data no dataset can say what a prediction is worth; the simulator can. On data collected with process noise it also
-gives what aleatoric uncertainty should be: the variance of the next state itself.
+A MuJoCo environment is set to recorded simulator states (``infos/qpos`` and ``infos/qvel``) and makes one step from
+each. Off the data no dataset can say what a prediction is worth; the simulator can. For data that was collected with
+process noise it also tells what aleatoric uncertainty should be: the variance of the next state itself.
 
-Letters in shapes: ``E`` members, ``N`` rows, ``D`` state dimensions, ``L`` learned ones; units as in
-``predictions.py``.
+Letters in shapes and units as in ``predictions.py``.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
-from data.trajectories import Dataset, Trajectory
+from data.trajectories import Dataset, Trajectory, Transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation import metrics
-from evaluation.evaluate import disagreements
-from evaluation.predictions import Scale, predict_one_step
+from evaluation.calibration import residual_variances
+from evaluation.predictions import Rows, Scale, predict_one_step
+from evaluation.tables import Tables, oracle_noise_table, oracle_table
 from utils import InputError
 
 ROWS = 512
-DRAWS = 64  # of each row's next state, on noisy data
-TOLERANCE = 0.01  # typical one-step changes by which simulator and record may differ, root mean square
+DRAWS = 64  # of each row's next state, where the data is noisy
+TOLERANCE = 0.01  # root mean square by which simulator and record may differ, in typical one-step changes
 PERTURBATION = 0.3  # standard deviation of perturbed actions, in half widths of the action space
 
 
@@ -164,7 +163,7 @@ def prepare_oracle(dataset: Dataset, indices: np.ndarray, scale: Scale, process_
 
 def _mismatch(recorded: np.ndarray, simulated: np.ndarray, scale: Scale) -> str | None:
     """Says by how much recorded and simulated next states ``(N, D)`` differ, if it is too much."""
-    difference = float(metrics.rmse(scale.normalise(simulated - recorded)))
+    difference = float(metrics.rmse(scale.divide(simulated - recorded)))
     if difference <= TOLERANCE:
         return None
     return f"they differ by {difference:.2g} typical changes (root mean square), expected at most {TOLERANCE}"
@@ -175,7 +174,7 @@ def _improbable(recorded: np.ndarray, drawn: np.ndarray, scale: Scale) -> str | 
 
     Of values drawn like ``n`` others, ``(n - 1) / (n + 1)`` lie between the others' extremes, whatever they follow.
     """
-    value, low, high = (scale.normalise(states) for states in (recorded, drawn.min(axis=0), drawn.max(axis=0)))
+    value, low, high = (scale.divide(states) for states in (recorded, drawn.min(axis=0), drawn.max(axis=0)))
     inside = float(np.mean((value >= low - TOLERANCE) & (value <= high + TOLERANCE)))
     expected = (len(drawn) - 1) / (len(drawn) + 1)
     if inside >= expected - 0.05:
@@ -183,54 +182,30 @@ def _improbable(recorded: np.ndarray, drawn: np.ndarray, scale: Scale) -> str | 
     return f"{inside:.0%} of their values lie within the extremes of {len(drawn)} noisy steps, expected {expected:.0%}"
 
 
-def evaluate_oracle(
-    ensemble: DynamicsEnsemble, oracle: Oracle, residual_variance: np.ndarray | None, seed: int
-) -> dict[str, pd.DataFrame]:
+def evaluate_oracle(ensemble: DynamicsEnsemble, oracle: Oracle, rows: Transitions | Rows, seed: int) -> Tables:
     """Compares predictions with the simulator, on and off the data, from the same recorded states.
 
     Args:
         ensemble: What is evaluated.
-        oracle: Who knows the truth.
-        residual_variance: Of deterministic members, ``(E, 1, L)``, normalised units; None for probabilistic ones.
-        seed: Of the actions and the noise.
+        oracle: What knows the truth.
+        rows: What the residuals of members that predict points are taken from.
+        seed: Seed of the actions and of process noise.
 
     Returns:
-        ``oracle``: actions (``recorded``, ``perturbed``, ``mirrored``, ``random``), rows, rmse, no_change (that
-        baseline's rmse), predicted_std (root mean square), mean_z2 and coverage_90 (of the moment-matched Gaussian),
-        and for each measure of disagreement, normalised units: its mean, spearman (with the error) and auroc (of
-        telling these actions from the recorded ones).
-        ``oracle_noise``, on noisy data only: dimension, true (standard deviation of the simulator's next state, root
-        mean square over rows), predicted (the same of the aleatoric variance), spearman (of the two over rows).
+        ``oracle`` and, for noisy data, ``oracle_noise``: see ``tables.py``.
     """
-    recorded, random = oracle.recorded, np.random.default_rng(seed)
-    records, on_data = [], {}
-    for kind, actions in off_data_actions(recorded.actions, oracle.simulator, random).items():
-        executed = oracle.simulator.add_noise(actions, oracle.process_noise, random)
-        one_step = predict_one_step(ensemble, recorded.states, actions, oracle.simulator.step(recorded, executed))
-        variances = residual_variance if one_step.variances is None else one_step.variances
-        mean, variance = metrics.moment_match(one_step.means, variances)
-        error = mean - one_step.change
-        z = -error / np.sqrt(variance)
-        record = {
-            "actions": kind,
-            "rows": len(error),
-            "rmse": float(metrics.rmse(error)),
-            "no_change": float(metrics.rmse(one_step.change)),
-            "predicted_std": float(np.sqrt(np.mean(variance))),
-            "mean_z2": float(np.mean(np.square(z))),
-            "coverage_90": float(metrics.interval_coverage(z, 0.9)),
-        }
-        for measure, values in disagreements(one_step.means, one_step.variances).items():
-            on_data.setdefault(measure, values)  # recorded actions come first
-            record |= {
-                f"mean_{measure}": values.mean(),
-                f"spearman_{measure}": metrics.spearman(values, np.linalg.norm(error, axis=-1)),
-                f"auroc_{measure}": metrics.auroc(values, on_data[measure]),
-            }
-        records.append(record)
-    tables = {"oracle": pd.DataFrame(records)}
+    simulator, recorded, random = oracle.simulator, oracle.recorded, np.random.default_rng(seed)
+    completion = ensemble.completion(lambda: residual_variances(ensemble, rows))
+    predictions = {}
+    for kind, actions in off_data_actions(recorded.actions, simulator, random).items():
+        executed = simulator.add_noise(actions, oracle.process_noise, random)
+        predictions[kind] = predict_one_step(ensemble, recorded.states, actions, simulator.step(recorded, executed))
+    tables = {"oracle": oracle_table(ensemble, predictions, completion)}
     if oracle.drawn is not None:
-        tables["oracle_noise"] = noise_table(ensemble, oracle, residual_variance)
+        scale = Scale.of(ensemble)
+        one_step = predict_one_step(ensemble, recorded.states, recorded.actions, recorded.next_states)
+        variance = scale.divide(oracle.drawn).var(axis=0, ddof=1)  # (N, L)
+        tables["oracle_noise"] = oracle_noise_table(one_step, completion, variance, scale)
     return tables
 
 
@@ -245,20 +220,3 @@ def off_data_actions(recorded: np.ndarray, simulator: Simulator, random: np.rand
         "random": random.uniform(low, high, recorded.shape),
     }
     return {kind: actions.astype(np.float32) for kind, actions in kinds.items()}
-
-
-def noise_table(ensemble: DynamicsEnsemble, oracle: Oracle, residual_variance: np.ndarray | None) -> pd.DataFrame:
-    """Compares the variance of the simulator's own next states with the predicted one, per dimension."""
-    scale, recorded = Scale.of(ensemble), oracle.recorded
-    true = scale.normalise(oracle.drawn).var(axis=0, ddof=1)  # (N, L)
-    one_step = predict_one_step(ensemble, recorded.states, recorded.actions, recorded.next_states)
-    variances = residual_variance if one_step.variances is None else one_step.variances
-    predicted = np.broadcast_to(variances, one_step.means.shape).mean(axis=0)
-    return pd.DataFrame(
-        {
-            "dimension": scale.learned.astype(str),
-            "true": np.sqrt(true.mean(axis=0)),
-            "predicted": np.sqrt(predicted.mean(axis=0)),
-            "spearman": [metrics.spearman(*columns) for columns in zip(predicted.T, true.T, strict=True)],
-        }
-    )

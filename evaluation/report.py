@@ -1,16 +1,125 @@
-"""The report of an evaluation: what its HTML page says, from tidy tables and figures."""
+"""The report of an evaluation: what was evaluated on what, the HTML page that says what came of it, and the files."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
-from collections.abc import Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from data.trajectories import Dataset
+from evaluation.selection import MAX_ROWS, Model, Selection
+from evaluation.tables import LEVELS, Tables
 from reporting.page import Section, format_cell, html_page
+from utils import atomic_write, git_commit
 
-# --- What the page says ---
+# --- What was evaluated on what ---
+
+_PARTS = {
+    "test": "test trajectories, which neither trained the model nor selected anything",
+    "holdout": "the selection holdout: its error chose the members' weights and elites, so these scores flatter the "
+    "model; train with --test_ratio for a test",
+    "train": "training trajectories: the scores say how well the model fits what it has seen, not how well it predicts",
+    "unseen": "a dataset other than the one the model was trained on: all of it is unseen",
+}
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What was evaluated on what, as ``metrics.json`` and the page say it.
+
+    Attributes:
+        model: Name of the model's run.
+        kind: Its kind of ensemble.
+        members: How many there are.
+        trained_on: Name of the dataset that the model was trained on.
+        title: Title of the report.
+        dataset: Name of the dataset that it was evaluated on.
+        environment: That dataset's environment, as far as it is known.
+        sha256: That dataset's digest.
+        part: What its trajectories are to the model, as in ``Selection``.
+        rows: Transitions that were evaluated.
+        trajectories: Trajectories that they are of.
+        notes: What a reader must know to judge the scores, in sentences.
+        seed: Seed of folds, start points and sampling.
+        config: The model's settings.
+        command: What made the report.
+        git_commit: Which code made it; None if unknown.
+    """
+
+    model: str
+    kind: str
+    members: int
+    trained_on: str
+    title: str
+    dataset: str
+    environment: str | None
+    sha256: str
+    part: str
+    rows: int
+    trajectories: int
+    notes: list[str]
+    seed: int
+    config: dict[str, Any]
+    command: str
+    git_commit: str | None
+
+    @classmethod
+    def of(
+        cls, model: Model, dataset: Dataset, selection: Selection, *, has_training_rows: bool, seed: int, command: str
+    ) -> EvaluationFacts:
+        """Gathers the facts of an evaluation; the arguments are what it was made with."""
+        trained_on = model.metadata["dataset"]["name"]
+        notes = [f"Evaluated on {_PARTS[selection.part]}."]
+        if len(selection.indices) < selection.available:
+            notes.append(
+                f"{len(selection.indices)} of {selection.available} trajectories were drawn at random, for about "
+                f"{MAX_ROWS} rows."
+            )
+        if not has_training_rows:
+            notes.append(
+                f"The training dataset {trained_on} is not here in the version that was trained on: the linear "
+                "baseline (and the variance of deterministic members) is fitted on the evaluated trajectories, each "
+                "fold on the others."
+            )
+        if len(selection.indices) < 2:
+            notes.append("With a single trajectory nothing can be recalibrated, and standard errors are unknown.")
+        return cls(
+            model=model.name,
+            kind=model.metadata["kind"],
+            members=len(model.ensemble),
+            trained_on=trained_on,
+            title=f"{model.name} on {slug(dataset.name)}",
+            dataset=dataset.name,
+            environment=dataset.env_name,
+            sha256=dataset.sha256,
+            part=selection.part,
+            rows=sum(dataset.trajectories[index].num_transitions for index in selection.indices),
+            trajectories=len(selection.indices),
+            notes=notes,
+            seed=seed,
+            config=model.metadata["config"],
+            command=command,
+            git_commit=git_commit(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the facts as JSON keeps them."""
+        return dataclasses.asdict(self)
+
+
+def slug(name: str) -> str:
+    """Makes a name into one that files and MLflow take: of a path the last part, without its ending."""
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(hdf5|h5|pkl|pickle)$", "", Path(name).name if "/" in name else name))
+
+
+# --- The page ---
 
 UNITS = (
     "Errors are in normalised units unless marked raw: each state dimension is divided by the mean absolute deviation "
@@ -30,7 +139,7 @@ HEADINGS = {
     "crps_raw": "CRPS, raw",
     "mean_z2": "mean z²",
     "ece": "calibration error",
-    **{f"coverage_{level}": f"in {level} % interval" for level in (50, 80, 90, 95)},
+    **{f"coverage_{100 * level:.0f}": f"in {100 * level:.0f} % interval" for level in LEVELS},
     "auroc": "AUROC",
     "auroc_worst": "AUROC, worst 10 %",
     "q10": "10 %",
@@ -78,36 +187,41 @@ CAPTIONS = {
 }
 
 
-def headline_cards(summary: dict[str, float], horizons: Sequence[int]) -> list[tuple[str, str, str]]:
-    """Returns the numbers to see first: name, value, how to read it."""
+class Card(NamedTuple):
+    """A number to see first: its name, its value, and what to compare it with."""
+
+    name: str
+    value: str
+    reading: str
+
+
+def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> list[Card]:
+    """Returns the numbers to see first, from those of ``evaluate.summarise``."""
     shown = {name: format_cell(value) for name, value in summary.items()}
     cards = [
-        (
+        Card(
             "one-step nRMSE",
             shown["nrmse"],
             f"linear regression {shown.get('nrmse_linear', '-')}, no change {shown['nrmse_no_change']}",
         ),
-        ("CRPS of the mixture", shown["crps_mixture"], f"NLL {shown['nll_mixture']} nats"),
-        (
+        Card("CRPS of the mixture", shown["crps_mixture"], f"NLL {shown['nll_mixture']} nats"),
+        Card(
             "90 % interval covers",
             f"{summary['coverage_90_raw']:.1%}",
             f"calibration error {shown['ece_raw']}, recalibrated {shown.get('ece_recalibrated', '-')}",
         ),
     ]
     for step in [step for step in horizons if f"error_tsinf_{step}" in shown and step <= _CARD_HORIZON][-1:]:
-        diverged = summary[f"diverged_tsinf_{step}"]
-        cards.append(
-            (f"error after {step} steps", shown[f"error_tsinf_{step}"], f"tsinf, median; {diverged:.0%} diverged")
-        )
-    cards.append(
-        ("calibrated horizon", shown["calibrated_horizon_tsinf_raw"], "steps at which the 90 % band of tsinf holds")
-    )
+        reading = f"tsinf, median; {summary[f'diverged_tsinf_{step}']:.0%} diverged"
+        cards.append(Card(f"error after {step} steps", shown[f"error_tsinf_{step}"], reading))
+    reading = "steps at which the 90 % band of tsinf holds"
+    cards.append(Card("calibrated horizon", shown["calibrated_horizon_tsinf_raw"], reading))
     if "auroc_worst_total_std" in shown:
-        cards.append(("finds its errors", shown["auroc_worst_total_std"], "AUROC of the worst 10 % by total_std"))
+        cards.append(Card("finds its errors", shown["auroc_worst_total_std"], "AUROC of the worst 10 % by total_std"))
     return cards
 
 
-def measured_sections(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) -> list[Section]:
+def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
     """Returns the sections of the page, in reading order, as far as there are tables for them."""
     overall = {
         name: tables[name].query("dimension == 'all'").drop(columns="dimension")
@@ -175,43 +289,79 @@ def measured_sections(tables: dict[str, pd.DataFrame], horizons: Sequence[int]) 
     return sections
 
 
-# --- HTML ---
-
-
 def html_report(
-    facts: dict[str, Any],
-    summary: dict[str, float],
-    tables: dict[str, pd.DataFrame],
-    figures: dict[str, bytes],
+    facts: EvaluationFacts,
+    summary: Mapping[str, float],
+    tables: Tables,
+    figures: Mapping[str, bytes],
     horizons: Sequence[int],
 ) -> str:
     """Returns the page of an evaluation.
 
     Args:
-        facts: What was evaluated on what, as ``evaluate_model.describe`` says it.
-        summary: Headline numbers, as ``evaluation.summarise`` gives them.
-        tables: Of ``evaluation.evaluate``.
+        facts: What was evaluated on what.
+        summary: Headline numbers, of ``evaluate.summarise``.
+        tables: Of ``evaluate.evaluate`` and those that go with them.
         figures: PNG files by name, of ``figures.draw_figures``.
         horizons: Steps that tables of rollouts show.
     """
-    settings = pd.DataFrame({"setting": list(facts["config"]), "value": [str(v) for v in facts["config"].values()]})
-    origin = f"Seed {facts['seed']}; code {facts['git_commit'] or 'unknown'}; data {facts['sha256'][:16]}."
+    settings = pd.DataFrame({"setting": list(facts.config), "value": list(map(str, facts.config.values()))})
+    origin = f"Seed {facts.seed}; code {facts.git_commit or 'unknown'}; data {facts.sha256[:16]}."
     sections = [
         *measured_sections(tables, horizons),
-        Section("How it was made", f"{facts['command']}. {origin}", [], {}, {"Configuration of the model": settings}),
+        Section("How it was made", f"{facts.command}. {origin}", [], {}, {"Configuration of the model": settings}),
     ]
-    members = "member" if facts["members"] == 1 else "members"
+    members = "member" if facts.members == 1 else "members"
     lead = (
-        f"{facts['members']} {facts['kind']} {members}, trained on {facts['trained_on']}; evaluated on "
-        f"{facts['rows']:,} transitions of {facts['trajectories']} trajectories of {facts['dataset']}."
+        f"{facts.members} {facts.kind} {members}, trained on {facts.trained_on}; evaluated on {facts.rows:,} "
+        f"transitions of {facts.trajectories} trajectories of {facts.dataset}."
     )
     opening = [f'<p class="lead">{html.escape(lead)}</p>']
-    opening += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
-    opening.append(f'<div class="cards">{"".join(_card(*card) for card in headline_cards(summary, horizons))}</div>')
+    opening += [f"<p>{html.escape(note)}</p>" for note in facts.notes]
+    opening.append(f'<div class="cards">{"".join(map(_html_card, headline_cards(summary, horizons)))}</div>')
     opening.append(f'<p class="units">{html.escape(UNITS)}</p>')
-    return html_page(facts["title"], "\n".join(opening), sections, figures, CAPTIONS, headings=HEADINGS)
+    return html_page(facts.title, "\n".join(opening), sections, figures, CAPTIONS, headings=HEADINGS)
 
 
-def _card(name: str, value: str, reading: str) -> str:
-    name, value, reading = map(html.escape, (name, value, reading))
+def _html_card(card: Card) -> str:
+    name, value, reading = map(html.escape, card)
     return f'<div class="card"><div>{name}</div><strong>{value}</strong><small>{reading}</small></div>'
+
+
+# --- Files ---
+
+
+def earlier_files(folder: Path) -> list[str]:
+    """Names of the files of an earlier report in a folder; empty where there is none."""
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_report(
+    folder: Path,
+    facts: EvaluationFacts,
+    summary: Mapping[str, float],
+    tables: Tables,
+    figures: Mapping[str, bytes],
+    page: str,
+) -> list[Path]:
+    """Writes the page, the tables and the figures; those of an earlier report are removed first.
+
+    Returns:
+        The files, ``metrics.json`` last: where it is, the report is whole.
+    """
+    for name in earlier_files(folder):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    for name, image in figures.items():
+        (folder / f"{name}.png").write_bytes(image)
+    with atomic_write(folder / "report.html", "w") as file:
+        file.write(page)
+    names = ["report.html", *(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures), "metrics.json"]
+    with atomic_write(folder / "metrics.json", "w") as file:
+        json.dump({**facts.to_dict(), "metrics": summary, "files": names}, file, indent=2)
+    return [folder / name for name in names]

@@ -1,0 +1,144 @@
+"""From predictions to distributions that can be scored: completed by residuals, matched by a Gaussian, recalibrated.
+
+Letters in shapes and units as in ``predictions.py``. Whatever is fitted on the evaluated rows themselves is fitted
+across folds of whole trajectories, so that no row is scored with what it helped to fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.trajectories import Transitions
+from dynamics_model import DynamicsEnsemble
+from evaluation import metrics
+from evaluation.predictions import OneStep, Rows, predict_one_step
+
+_RESIDUAL_ROWS = 20_000
+_SMALLEST = np.finfo(np.float32).tiny  # of variances and scales, so that errors of 0 do no harm
+
+# --- Folds ---
+
+
+def assign_folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Deals whole groups to folds of (nearly) equal numbers of groups.
+
+    Args:
+        groups: Label of each row's group, ``(N,)``, such as its trajectory.
+        folds: Number of folds; no more are used than there are groups.
+        seed: Decides which group goes to which fold.
+
+    Returns:
+        Fold of each row, ``(N,)`` int.
+    """
+    labels, group_of_row = np.unique(groups, return_inverse=True)
+    fold_of_group = np.random.default_rng(seed).permutation(len(labels)) % folds
+    return fold_of_group[group_of_row]
+
+
+def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Returns the factor that recalibrates standard deviations, fitted for each fold on the other folds.
+
+    There is one factor per column, the root mean square of standardised errors, which maximises the Gaussian likelihood
+    (Levi et al. 2022, "Evaluating and calibrating uncertainty prediction in regression tasks").
+
+    Args:
+        z: Standardised errors, ``(..., N, D)``; values that are not finite are left out of the fit.
+        fold: Fold of each row, ``(N,)``.
+
+    Returns:
+        ``(..., N, D)``; nan where the other folds have no finite value.
+    """
+    square = np.where(np.isfinite(z), np.square(z), 0.0)
+    count = np.isfinite(z).astype(float)
+    scale = np.empty_like(z, dtype=float)
+    for current in np.unique(fold):
+        inside, outside = fold == current, fold != current
+        total = count[..., outside, :].sum(axis=-2)
+        fitted = np.sqrt(square[..., outside, :].sum(axis=-2) / np.where(total > 0, total, np.nan))
+        scale[..., inside, :] = np.maximum(fitted, _SMALLEST)[..., None, :]
+    return scale
+
+
+# --- Completing points to distributions ---
+
+
+def completion(
+    ensemble: DynamicsEnsemble, one_step: OneStep, fold: np.ndarray, training: Transitions | None
+) -> np.ndarray:
+    """Returns what to add to the members' variances to make distributions of their predictions, ``(E, N, L)``.
+
+    That is 0 where members predict distributions, and their mean squared residuals where they predict points.
+
+    Args:
+        ensemble: What predicts.
+        one_step: Its predictions for the evaluated rows.
+        fold: Fold of each of these rows, ``(N,)``.
+        training: The rows that residuals are taken from; None takes, for each fold, the evaluated rows of the others.
+
+    Raises:
+        ValueError: If members need residuals, and there are neither training rows nor a second fold.
+    """
+
+    def residuals() -> np.ndarray:
+        if training is not None:
+            return residual_variances(ensemble, training)
+        if len(np.unique(fold)) < 2:
+            raise ValueError("without training rows, residuals need at least two trajectories to evaluate on")
+        return np.square(cross_fitted_scale(one_step.errors, fold))
+
+    return np.broadcast_to(ensemble.completion(residuals), one_step.means.shape)
+
+
+def residual_variances(ensemble: DynamicsEnsemble, transitions: Transitions | Rows) -> np.ndarray:
+    """Mean squared residual of each member and dimension, ``(E, 1, L)``, over at most 20,000 rows, evenly spread."""
+    chosen = np.linspace(0, len(transitions) - 1, min(len(transitions), _RESIDUAL_ROWS)).astype(np.int64)
+    one_step = predict_one_step(
+        ensemble, transitions.states[chosen], transitions.actions[chosen], transitions.next_states[chosen]
+    )
+    return np.maximum(np.square(one_step.errors).mean(axis=1, keepdims=True), _SMALLEST)
+
+
+# --- The matching Gaussian ---
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The Gaussian with the mean and variance of the members' mixture, as predicted and recalibrated.
+
+    Attributes:
+        change: The truth, ``(N, L)``.
+        mean: ``(N, L)``.
+        variance: ``(N, L)``.
+        scale: What recalibration multiplies standard deviations by, ``(N, L)``; None where there is one trajectory.
+    """
+
+    change: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    scale: np.ndarray | None
+
+    @classmethod
+    def of(cls, one_step: OneStep, variances: np.ndarray, fold: np.ndarray) -> Calibrated:
+        """Matches moments and fits scales, each fold's on the others.
+
+        Args:
+            one_step: The members' means, and the truth.
+            variances: The members' variances, completed, ``(E, N, L)``.
+            fold: Fold of each row, ``(N,)``.
+        """
+        mean, variance = metrics.moment_match(one_step.means, variances)
+        scale = cross_fitted_scale((one_step.change - mean) / np.sqrt(variance), fold)
+        return cls(one_step.change, mean, variance, scale if np.isfinite(scale).all() else None)
+
+    @property
+    def variances(self) -> dict[str, np.ndarray]:
+        """Variances ``(N, L)``: ``raw`` ones, as predicted, and ``recalibrated`` ones where there is a scale."""
+        raw = {"raw": self.variance}
+        return raw if self.scale is None else raw | {"recalibrated": self.variance * np.square(self.scale)}
+
+    @property
+    def z(self) -> dict[str, np.ndarray]:
+        """Standardised errors ``(N, L)``, ``(truth - mean) / std``, for each of ``variances``."""
+        return {name: (self.change - self.mean) / np.sqrt(variance) for name, variance in self.variances.items()}

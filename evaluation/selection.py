@@ -1,0 +1,194 @@
+"""What is evaluated on what: the models, and the trajectories that they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dynamics_model
+from data.sources import load_dataset
+from data.trajectories import Dataset, Transitions, gather_transitions
+from dynamics_model import DynamicsEnsemble
+from evaluation.predictions import Rows, gather_rows
+from utils import InputError
+
+MAX_ROWS = 50_000  # of the evaluated dataset; where there are more, whole trajectories are drawn
+MAX_OTHER_ROWS = 10_000  # likewise of every other dataset, and for every cell of the table across datasets
+
+
+@dataclass(frozen=True)
+class Model:
+    """A ``model.pkl``, loaded.
+
+    Attributes:
+        path: The file.
+        name: Name of the run that trained it.
+        ensemble: Its members.
+        metadata: What the file says of them.
+    """
+
+    path: Path
+    name: str
+    ensemble: DynamicsEnsemble
+    metadata: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> Model:
+        """Loads one ``model.pkl``.
+
+        Raises:
+            InputError: If it does not exist or is something else.
+        """
+        try:
+            members, metadata = dynamics_model.load_models(path)
+        except FileNotFoundError:
+            raise InputError(f"model {str(path)!r} does not exist; train one with learn_model.py") from None
+        except (OSError, ValueError) as error:
+            raise InputError(str(error)) from None
+        ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
+        return cls(path, metadata.get("run_name") or path.stem, ensemble, metadata)
+
+    def was_trained_on(self, dataset: Dataset) -> bool:
+        """Whether trajectories of this dataset trained the model."""
+        return dataset.sha256 == self.metadata["dataset"]["sha256"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Trajectories to evaluate on, and how the model knows them.
+
+    Attributes:
+        indices: Sorted indices of trajectories.
+        part: ``test``, ``holdout``, ``train`` or ``unseen``.
+        available: How many trajectories that part has; where they are too many, some were drawn.
+    """
+
+    indices: np.ndarray
+    part: str
+    available: int
+
+
+# --- Loading ---
+
+
+def load_models(paths: Iterable[Path], device: str) -> list[Model]:
+    """Loads every ``model.pkl``.
+
+    Raises:
+        InputError: If one does not exist or is something else, or two are of one run.
+    """
+    models = [Model.load(path, device) for path in paths]
+    names = [model.name for model in models]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two of the models are of the run {repeated!r}; give every model once")
+    return models
+
+
+def check_fit(models: Iterable[Model], datasets: Sequence[Dataset]) -> None:
+    """Checks that the dimensions of every model are those of every dataset.
+
+    Raises:
+        InputError: If they are not.
+    """
+    for dataset in datasets:
+        for model in models:
+            expected, found = (
+                f"{part.state_dim} state and {part.action_dim} action dimensions" for part in (model.ensemble, dataset)
+            )
+            if found != expected:
+                trained_on = model.metadata["dataset"]
+                raise InputError(
+                    f"{dataset.name} has {found}, but {str(model.path)!r} was trained on {expected}; give a dataset of "
+                    f"{trained_on['env_name'] or trained_on['name']}"
+                )
+
+
+def find_training_rows(model: Model, dataset: Dataset, quiet: bool) -> Transitions | None:
+    """Returns the rows that a model was trained on, from the given dataset or its own.
+
+    Returns:
+        None where the model's dataset is not here any more, or not in the version that it was trained on.
+    """
+    if not model.was_trained_on(dataset):
+        try:
+            dataset = load_dataset(model.metadata["dataset"]["name"], quiet=quiet)
+        except InputError:
+            return None
+    if not model.was_trained_on(dataset):
+        return None
+    return gather_transitions(dataset, np.asarray(model.metadata["dataset"]["split"]["train"], dtype=np.int64))
+
+
+# --- Selecting ---
+
+
+def select_trajectories(
+    model: Model, dataset: Dataset, max_rows: int, seed: int, split: str | None = None
+) -> Selection:
+    """Chooses the trajectories that the model knows least, or those asked for; draws from them if they are too many.
+
+    Args:
+        model: What is evaluated.
+        dataset: What it is evaluated on.
+        max_rows: How many transitions are enough.
+        seed: Seed of the draw.
+        split: The part asked for: ``test``, ``holdout`` or ``train``.
+
+    Raises:
+        InputError: If there are none.
+    """
+    if model.was_trained_on(dataset):
+        part, indices = choose_part(model, dataset.name, split)
+    elif split is None:
+        part, indices = "unseen", np.arange(len(dataset.trajectories))
+    else:
+        raise InputError(
+            f"--split {split} is for the dataset the model was trained on, {model.metadata['dataset']['name']!r}; all "
+            f"of {dataset.name!r} is unseen: leave --split out"
+        )
+    return Selection(draw_trajectories(dataset, indices, max_rows, seed), part, available=len(indices))
+
+
+def choose_part(model: Model, name: str, split: str | None) -> tuple[str, list[int]]:
+    """Chooses a part of the dataset that a model was trained on: the one asked for, else test, else the holdout.
+
+    Returns:
+        The part and the indices of its trajectories.
+
+    Raises:
+        InputError: If the model's split has no such part.
+    """
+    parts = {part: indices for part, indices in model.metadata["dataset"]["split"].items() if indices}
+    chosen = split or next((part for part in ("test", "holdout") if part in parts), None)
+    if chosen is None:
+        raise InputError(
+            f"{model.name} was trained on all of {name!r}; train with --test_ratio 0.2, give another dataset, or look "
+            "at what it has seen with --split train"
+        )
+    if chosen not in parts:
+        raise InputError(f"--split {split}: {model.name} has no such part of {name!r}, only {', '.join(parts)}")
+    return chosen, parts[chosen]
+
+
+def draw_trajectories(dataset: Dataset, indices: Sequence[int] | np.ndarray, max_rows: int, seed: int) -> np.ndarray:
+    """Draws whole trajectories until there are ``max_rows`` transitions; all of them where there are fewer.
+
+    Returns:
+        Sorted indices, at least two where there are two.
+    """
+    order = np.random.default_rng(seed).permutation(np.asarray(indices, dtype=np.int64))
+    rows_before = np.cumsum([0, *(dataset.trajectories[index].num_transitions for index in order)])[:-1]
+    return np.sort(order[(rows_before < max_rows) | (np.arange(len(order)) < 2)])
+
+
+def unseen_rows(model: Model, dataset: Dataset, seed: int) -> Rows:
+    """Returns rows of a dataset that a model was not trained on.
+
+    Raises:
+        InputError: If it was trained on all.
+    """
+    return gather_rows(dataset, select_trajectories(model, dataset, MAX_OTHER_ROWS, seed).indices)
