@@ -9,6 +9,9 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+# Networks this small gain nothing from a second thread, and on a busy machine threads mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
