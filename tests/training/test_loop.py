@@ -134,6 +134,24 @@ def test_dynamics_are_the_same_with_and_without_a_reward(member_class, grad_clip
         assert torch.equal(without.state_dict()[name], with_reward.state_dict()[name]), name
 
 
+def test_a_step_is_that_of_the_optimiser_on_the_sum_of_the_members_objectives(member_class, linear_system, train):
+    """One step of plain gradient descent on all rows is worked out here."""
+    transitions = linear_system(50)
+    config = small_config(member_class, fit_epochs=1, batch_size=50, fit_lr=0.1, scheduler=None, learn_reward=True)
+    expected = build_ensemble(config, transitions).requires_grad_(True)
+    rows = normalise_rows(expected, transitions).select(torch.arange(50).expand(7, 50))
+    objective, _ = expected.losses(rows.inputs, rows.targets)
+    (objective + expected.reward_loss(*rows)).sum().backward()
+
+    def descend(ensemble, config):
+        return torch.optim.SGD(ensemble.parameters(), lr=config.fit_lr)
+
+    stepped, _ = train(config, transitions, optimizer=descend)
+
+    for parameter, before in zip(stepped.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, before - 0.1 * before.grad, rtol=1e-4, atol=1e-6)
+
+
 # --- Selection by validation error ---
 
 
