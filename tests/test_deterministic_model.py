@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deterministic_model import DeterministicModel
-from dynamics_model import DynamicsEnsemble, NormalisedRows
+from deterministic_model import DeterministicEnsemble, DeterministicModel
+from dynamics_model import DynamicsEnsemble
 
 
 def test_prediction_is_the_state_plus_the_change_in_raw_units(constant_member):
@@ -24,7 +24,7 @@ def test_forward_returns_a_tensor_and_no_tuple(random_member):
     assert next_state.shape == (5, 3) and next_state.dtype == torch.float32
 
 
-def test_network_predicts_no_variance(random_member):
+def test_ensemble_predicts_no_variance(random_member):
     mean, variance = random_member(DeterministicModel).network.predict(torch.zeros(5, 3), torch.zeros(5, 2))
 
     assert mean.shape == (1, 5, 3)
@@ -34,33 +34,74 @@ def test_network_predicts_no_variance(random_member):
 def test_loss_is_the_mean_squared_error_of_each_member_by_hand(constant_member):
     # Member 0 predicts (1, 2), member 1 (0, 0), of the targets (1, 0) and (3, 2): squared errors
     # 0, 4, 4, 0 with mean 2, and 1, 0, 9, 4 with mean 3.5.
-    network = DynamicsEnsemble([constant_member(DeterministicModel, change) for change in ([1, 2], [0, 0])]).network
+    ensemble = DynamicsEnsemble.from_members([constant_member(DeterministicModel, each) for each in ([1, 2], [0, 0])])
     targets = torch.tensor([[1.0, 0.0], [3.0, 2.0]]).expand(2, 2, 2)
 
-    objective, reported = network.losses(NormalisedRows(torch.zeros(2, 2, 3), targets, None))
+    objective, reported = ensemble.losses(torch.zeros(2, 2, 3), targets)
 
     assert objective.tolist() == [2.0, 3.5]
     assert reported.tolist() == [2.0, 3.5]
 
 
 def test_objective_is_differentiated_and_the_reported_loss_is_not(constant_member):
-    network = constant_member(DeterministicModel, [1.0, 2.0]).network.requires_grad_(True)
+    ensemble = constant_member(DeterministicModel, [1.0, 2.0]).network.requires_grad_(True)
     targets = torch.tensor([[[1.0, 0.0], [3.0, 2.0]]])
 
-    objective, reported = network.losses(NormalisedRows(torch.zeros(1, 2, 3), targets, None))
+    objective, reported = ensemble.losses(torch.zeros(1, 2, 3), targets)
     objective.sum().backward()
 
     # d/d mu of mean((mu - y)^2) over 4 numbers: 2/4 * sum of errors, (0 - 2, 2 + 0) by dimension
-    torch.testing.assert_close(network.dynamics.biases[0].grad, torch.tensor([[[-1.0, 1.0]]]))
+    torch.testing.assert_close(ensemble.dynamics.biases[0].grad, torch.tensor([[[-1.0, 1.0]]]))
     assert not reported.requires_grad
 
 
+def test_loss_is_the_same_all_through_training(constant_member):
+    ensemble = constant_member(DeterministicModel, [1.0, 2.0]).network
+    rows = torch.zeros(1, 2, 3), torch.ones(1, 2, 2)
+    assert ensemble.losses(*rows, 0.0)[0].item() == ensemble.losses(*rows, 0.9)[0].item() == 0.5
+
+
+# --- What stands for a distribution ---
+
+
+def test_scores_are_squared_errors_alone(constant_member):
+    terms = constant_member(DeterministicModel, [0.0]).network.score_terms(
+        torch.tensor([1.0, 4.0]), torch.ones(2), None
+    )
+    assert {name: term.tolist() for name, term in terms.items()} == {"mse": [0, 9]}
+
+
+def test_a_point_is_its_own_draw(constant_member):
+    ensemble, generator = constant_member(DeterministicModel, [0.0, 1.0]).network, torch.Generator().manual_seed(0)
+    mean = torch.tensor([[1.0, 2.0]])
+
+    assert torch.equal(ensemble.draw(mean, torch.full((1, 2), 4.0), generator), mean)
+    assert ensemble.draws_per_member(1000) == 1, "more draws would be the same one again"
+
+
+def test_residuals_complete_a_point_to_a_distribution(constant_member):
+    residuals = np.array([[0.5, 2.0]])
+    assert constant_member(DeterministicModel, [0.0, 1.0]).network.completion(lambda: residuals) is residuals
+
+
+def test_no_variance_is_at_any_bound(constant_member):
+    assert constant_member(DeterministicModel, [0.0, 1.0]).network.share_at_bounds(torch.zeros(1, 5, 2)) == {}
+
+
+# --- The kind ---
+
+
 def test_names_that_files_and_trackers_use():
-    assert DeterministicModel.kind == "deterministic"
-    assert DeterministicModel.loss_name == "mse_loss"
+    assert DeterministicEnsemble.kind == "deterministic"
+    assert DeterministicEnsemble.loss_name == "mse_loss"
     assert DeterministicModel.__module__ == "deterministic_model", "pickles name it; planners have it on their path"
 
 
-def test_base_class_predicts_nothing_by_itself(random_member):
+def test_base_classes_predict_and_learn_nothing_by_themselves(random_member):
+    member = random_member(DeterministicModel)
     with pytest.raises(NotImplementedError):
-        super(DeterministicModel, random_member(DeterministicModel)).forward(np.zeros(3), np.zeros(2))
+        super(DeterministicModel, member).forward(np.zeros(3), np.zeros(2))
+    with pytest.raises(NotImplementedError):
+        super(DeterministicEnsemble, member.network).interpret(torch.zeros(1, 5, 3))
+    with pytest.raises(NotImplementedError):
+        super(DeterministicEnsemble, member.network).losses(torch.zeros(1, 5, 5), torch.zeros(1, 5, 3))
