@@ -10,6 +10,8 @@ import yaml
 
 import config as config_module
 from config import LearnConfig, config_from_dict, load_config
+from dynamics_model import KINDS, member_class
+from training.build import loss_settings
 from utils import InputError
 
 ROOT = Path(config_module.__file__).parent
@@ -82,6 +84,8 @@ def test_every_configuration_loads_and_states_only_what_differs(path):
         ("grad_clip=none", "grad_clip", None),
         ("grad_clip=10", "grad_clip", 10.0),
         ("split_seed=4294967295", "split_seed", 4294967295),
+        ("kind=probabilistic", "kind", "probabilistic"),
+        ("kind=none", "kind", None),
     ],
 )
 def test_params_do_what_a_person_means(empty_file, written, field, meant):
@@ -154,6 +158,7 @@ def test_unknown_setting_in_a_file_names_the_file(tmp_path):
         ("activation_fn=sine", "activation_fn is 'sine'; expected one of silu, swish, relu, gelu, elu, tanh"),
         ("activation_fn=null", "activation_fn is None; expected one of silu, swish, relu, gelu, elu, tanh"),
         ("scheduler=constant", "expected one of exponential, multistep, cosine, onecycle or null"),
+        ("kind=3", "kind is 3; expected a name or null"),
         ("grad_clip=small", "grad_clip is 'small'; expected a number or null"),
         ("weight_decay=null", "weight_decay is None; expected a number or a list, each a number"),
     ],
@@ -177,7 +182,6 @@ def test_wrong_type_says_what_was_given_and_what_is_expected(empty_file, written
         ({"fit_lr": 0}, "fit_lr is 0.0; expected a positive number"),
         ({"scheduler_gamma": -0.5}, "scheduler_gamma is -0.5; expected a positive number"),
         ({"beta_nll": 1.5, "probabilistic": True}, "beta_nll is 1.5; expected a number from 0 to 1"),
-        ({"beta_nll": 0.5}, "beta_nll is 0.5; expected 0 for a deterministic ensemble"),
         (
             {"beta_nll_decay": 1.5, "beta_nll": 1, "probabilistic": True},
             "beta_nll_decay is 1.5; expected a number from 0 to 1",
@@ -192,6 +196,11 @@ def test_wrong_type_says_what_was_given_and_what_is_expected(empty_file, written
         ({"weight_decay": [0, 0, 0, 0, -1]}, "expected no negative number"),
         ({"weight_decay": [1e-4, 1e-4]}, "one for each of the 5 layers (hidden layers and output)"),
         ({"scheduler": "multistep"}, "scheduler_milestones is (); expected the epochs"),
+        ({"scheduler_milestones": [0, 3]}, "scheduler_milestones is (0, 3); expected epochs from 1 on"),
+        (
+            {"kind": "deterministic", "probabilistic": True},
+            "kind is 'deterministic'; expected null or probabilistic, as `probabilistic` is true",
+        ),
     ],
 )
 def test_value_out_of_range_says_what_is_expected(values, expected):
@@ -252,6 +261,7 @@ def changed_everywhere():
     """A configuration in which every field has another value than its default."""
     return LearnConfig(
         probabilistic=True,
+        kind="probabilistic",
         ensemble_size=5,
         hidden_size=(200, 100),
         activation_fn="relu",
@@ -305,6 +315,22 @@ def test_layer_decays_are_one_per_layer_with_the_output_last():
     assert LearnConfig(hidden_size=(8, 8), weight_decay=(0.1, 0.2, 0.3)).layer_decays == (0.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "deterministic"),
+        ({"probabilistic": True}, "probabilistic"),
+        ({"kind": "probabilistic"}, "probabilistic"),
+        ({"kind": "deterministic"}, "deterministic"),
+        ({"kind": "student_t"}, "student_t"),  # whether there is such a kind is for those to say who build it
+        ({"kind": "probabilistic", "probabilistic": True}, "probabilistic"),
+    ],
+    ids=str,
+)
+def test_kind_of_ensemble_is_the_one_named_or_the_one_that_is_or_is_not_probabilistic(settings, name):
+    assert LearnConfig(**settings).kind_of_ensemble == name
+
+
 # --- Every setting is documented and used ---
 
 
@@ -326,13 +352,25 @@ def read_attributes(path):
     return {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id in ("config", "self")}
 
 
+@pytest.fixture(scope="module")
+def readers():
+    """By the name of a module that makes ensembles: the attributes that it reads."""
+    paths = [ROOT / "config.py", ROOT / "learn_model.py", *(ROOT / "training").glob("*.py")]
+    assert len(paths) > 5
+    return {path.name: read_attributes(path) for path in paths}
+
+
+# Settings that the program asks for by another name: the property that stands for them.
+PROPERTIES = {"weight_decay": "layer_decays", "kind": "kind_of_ensemble", "probabilistic": "kind_of_ensemble"}
+
+
 @pytest.mark.parametrize("name", FIELDS)
-def test_setting_is_read_by_the_program(name):
-    readers = [path.name for path in ROOT.glob("*.py") if name in read_attributes(path)]
-    if readers == ["config.py"]:  # read there for others, as a property
-        assert name == "weight_decay"
-        readers = [path.name for path in ROOT.glob("*.py") if "layer_decays" in read_attributes(path)]
-    assert set(readers) - {"config.py"}
+def test_setting_is_read_by_the_program(name, readers):
+    if name in PROPERTIES:
+        assert name in readers["config.py"]
+    losses = [loss_settings(member_class(kind).ensemble_class, LearnConfig()) for kind in KINDS]
+    others = set().union(*(read for module, read in readers.items() if module != "config.py"), *losses)
+    assert PROPERTIES.get(name, name) in others
 
 
 def test_integer_too_large_for_a_float_is_an_input_error(tmp_path):
