@@ -162,10 +162,9 @@ class StackedMLP(nn.Module):
             bias = torch.zeros(ensemble_size, 1, fan_out * parts)
             if generator is not None:
                 bound = 1 / math.sqrt(fan_in)
-                for part in range(parts):
-                    columns = slice(part * fan_out, (part + 1) * fan_out)
-                    weight[..., columns].uniform_(-bound, bound, generator=generator)
-                    bias[..., columns].uniform_(-bound, bound, generator=generator)
+                for head in zip(weight.chunk(parts, dim=-1), bias.chunk(parts, dim=-1), strict=True):
+                    for values in head:
+                        values.uniform_(-bound, bound, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(bias))
         self.gains, self.offsets = nn.ParameterList(), nn.ParameterList()  # of layer normalisation
@@ -175,17 +174,15 @@ class StackedMLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps ``(ensemble, batch, in_dim)`` to ``(ensemble, batch, heads * head_dim)``."""
-        last = len(self.weights) - 1
         hidden = inputs
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        *hidden_layers, output_layer = zip(self.weights, self.biases, strict=True)
+        for layer, (weight, bias) in enumerate(hidden_layers):
             hidden = self.linear(hidden, weight, bias)  # (ensemble, batch, out)
-            if layer == last:
-                break
             if self.layer_norm:
                 hidden = functional.layer_norm(hidden, hidden.shape[-1:])
                 hidden = torch.addcmul(self.offsets[layer], hidden, self.gains[layer])
             hidden = self.activation(hidden)
-        return hidden
+        return self.linear(hidden, *output_layer)
 
 
 class DynamicsEnsemble(nn.Module):
@@ -284,7 +281,7 @@ class DynamicsEnsemble(nn.Module):
         return torch.randn(shape, generator=generator)
 
     def completion(self, residual_variances: Callable[[], Any]) -> Any:
-        """What must be added to members' variances to make distributions of them; points take their residuals'."""
+        """What makes distributions of predictions when added to their variances: a point's residual variances."""
         return 0.0
 
     def share_at_bounds(self, variance: Tensor) -> dict[str, Tensor]:
