@@ -21,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data.episodes import cut_episodes
 from data.trajectories import Dataset, Trajectory
 from utils import InputError, did_you_mean
 
@@ -73,7 +74,7 @@ def read_hdf5(path: Path, simulator_states: bool, limit: int | None = None) -> t
             "if time limits cut some, add a boolean array 'timeouts'",
             file=sys.stderr,
         )
-    trajectories = _episodes(values, limit)
+    trajectories, _ = cut_episodes(_by_field(values), limit)
     _check_together(trajectories, str(path))
     return trajectories, None if env_name is None else str(env_name)
 
@@ -123,7 +124,7 @@ def read_minari(name: str) -> tuple[list[Trajectory], str | None, str]:
         values = _validate(columns, f"{name}, episode {index}", found=[])
         for column in values.values():
             digest.update(column)
-        trajectories += _episodes(values)
+        trajectories += cut_episodes(_by_field(values))[0]
     _check_together(trajectories, name)
     return trajectories, source.env_spec.id if source.env_spec else None, digest.hexdigest()
 
@@ -171,7 +172,8 @@ class PickledPaths:
         for index, path in enumerate(self.paths):
             where = f"{self.file}, path {index}"
             columns = _path_columns(path, simulator_states, where)
-            trajectories += _episodes(_validate(columns, where, found=list(map(str, path))))
+            values = _validate(columns, where, found=list(map(str, path)))
+            trajectories += cut_episodes(_by_field(values))[0]
         _check_together(trajectories, str(self.file))
         return trajectories
 
@@ -336,6 +338,11 @@ def _read_column(key: str, column: h5py.Dataset | np.ndarray, where: str) -> np.
     return values.astype(bool) if key in FLAG_KEYS else values
 
 
+def _by_field(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names columns like the fields of ``Trajectory``."""
+    return {SIMULATOR_KEYS.get(key, key): column for key, column in values.items()}
+
+
 def _check_together(trajectories: list[Trajectory], where: str) -> None:
     """Checks what concerns all trajectories: they have the same dimensions, and there is a transition."""
     shapes = {(t.observations.shape[1], t.actions.shape[1], t.next_observations is not None) for t in trajectories}
@@ -351,31 +358,3 @@ def _check_together(trajectories: list[Trajectory], where: str) -> None:
             f"{where} has no transition: all its trajectories have length 1 and there are no next_observations; "
             "give trajectories of 2 rows or more"
         )
-
-
-def _episodes(columns: Mapping[str, np.ndarray], limit: int | None = None) -> list[Trajectory]:
-    """Cuts validated columns into episodes; trajectories are views, nothing is copied."""
-    ends = _episode_ends(columns["terminals"], columns.get("timeouts"), limit)
-    starts = np.concatenate(([0], ends[:-1]))
-    fields = {SIMULATOR_KEYS.get(key, key): column for key, column in columns.items() if key not in FLAG_KEYS}
-    episodes = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        rows = {"next_observations": None, **{field: column[start:end] for field, column in fields.items()}}
-        episodes.append(Trajectory(**rows, terminated=bool(columns["terminals"][end - 1])))
-    return episodes
-
-
-def _episode_ends(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int | None) -> np.ndarray:
-    """Returns the index after the last row of every episode.
-
-    An episode ends at a terminal, at a timeout, and with the data. D4RL's oldest files have no timeouts: there it also
-    ends ``limit`` steps after its start, as in D4RL's ``qlearning_dataset``.
-    """
-    last = terminals.copy() if timeouts is None else terminals | timeouts  # (N,)
-    last[-1] = True
-    ends = np.flatnonzero(last) + 1
-    if timeouts is None and limit is not None:
-        starts = np.concatenate(([0], ends[:-1]))
-        pieces = [np.append(np.arange(start + limit, end, limit), end) for start, end in zip(starts, ends, strict=True)]
-        ends = np.concatenate(pieces)
-    return ends

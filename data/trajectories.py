@@ -45,6 +45,27 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something about a dataset that decides what a model trained on it is worth.
+
+    Attributes:
+        name: What was found, in one or two words, such as ``copies``.
+        count: How many there are.
+        where: Where they are, in words, such as ``trajectories 3, 7 and 12 more``.
+        effect: What it does to the result.
+        advice: What to do about it.
+        matters: Whether to say it before training; if not, it is shown with the whole audit only.
+    """
+
+    name: str
+    count: int
+    where: str
+    effect: str
+    advice: str
+    matters: bool
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Validated trajectories and where they came from.
 
@@ -53,12 +74,14 @@ class Dataset:
         env_name: The environment, as far as the name or the file says.
         sha256: Digest of the source file's bytes; for a Minari dataset, of its arrays.
         trajectories: In the file's order, at least one of them with a transition.
+        findings: What was found while reading.
     """
 
     name: str
     env_name: str | None
     sha256: str
     trajectories: list[Trajectory]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def state_dim(self) -> int:
