@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # where dynamics_model.py and the two kinds are
+# Where the model modules are; last, so that a planner's own modules of equal names (utils, config) come first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dynamics_model import load_ensemble
 
