@@ -59,7 +59,7 @@ def one_step_table(
         - predictor: ``ensemble``, ``elites``, ``member_0``, ``member_1``, ..., ``linear`` or ``no_change``;
         - dimension;
         - rmse, rmse_raw: root mean squared error;
-        - r2: coefficient of determination of the change ``s' - s``; for ``all`` the mean over dimensions.
+        - r2: coefficient of determination of the change ``s' - s``; for ``all`` the mean over dimensions that vary.
     """
     members = one_step.errors
     errors = {"ensemble": members.mean(axis=0)}
@@ -76,7 +76,7 @@ def one_step_table(
                 "dimension": _dimensions(scale),
                 "rmse": _with_all(metrics.rmse(error, axis=0), metrics.rmse),
                 "rmse_raw": _with_all(metrics.rmse(error, axis=0) * scale.factor, metrics.rmse),
-                "r2": _with_all(metrics.r2(error, one_step.change), np.nanmean),
+                "r2": _with_all(metrics.r2(error, one_step.change), lambda r2: pd.Series(r2).mean()),
             }
         )
         for predictor, error in errors.items()

@@ -1,5 +1,6 @@
+import contextlib
+import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -15,9 +16,9 @@ import pytest
 
 import evaluate_model
 import learn_model
-from evaluate_model import Model, choose_part, main, slug
-from evaluation import figures
-from utils import InputError
+from evaluate_model import main
+from evaluation import figures, oracle, selection
+from reporting.style import png
 
 ROOT = Path(evaluate_model.__file__).parent
 LENGTH, EPISODES = 30, 10
@@ -45,43 +46,75 @@ def write_dataset(path, seed, width=1.0, episodes=EPISODES, state_dim=3):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with datasets ``near``, ``far`` and ``other``, and models trained on ``near`` in several ways."""
+def trained(tmp_path_factory, empty_store):
+    """A folder with datasets ``near``, ``far`` and others, an MLflow store, and models trained on ``near``.
+
+    One model of each kind is trained, with a test set and a holdout; the others say of the same members that less of
+    the data was kept apart.
+    """
     folder = tmp_path_factory.mktemp("trained")
     write_dataset(folder / "near.hdf5", seed=0)
     write_dataset(folder / "far.hdf5", seed=1, width=30.0)
     write_dataset(folder / "single.hdf5", seed=2, episodes=1)
     write_dataset(folder / "wide.hdf5", seed=2, state_dim=4)
     (folder / "config.yaml").write_text("{ensemble_size: 3, hidden_size: [16], fit_epochs: 5, batch_size: 32}")
-    parts = {"tested": ["--holdout_ratio", "0.2", "--test_ratio", "0.3"], "held": ["--holdout_ratio", "0.2"], "all": []}
-    kept = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI",)}
-    here = Path.cwd()
-    os.chdir(folder)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    for kind in ("dnn", "pnn"):
-        for part, flags in parts.items():
-            name = f"{kind}-{part}"
-            command = ["--dataset", str(folder / "near.hdf5"), "--config", "config.yaml", "--output", f"{name}.pkl"]
-            options = ["--run_name", name, "--quiet", "--cpu", "--params", f"probabilistic={kind == 'pnn'}"]
-            assert learn_model.main([*command, *flags, *options]) == 0
-    os.chdir(here)
-    for name, value in kept.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    shutil.copy(empty_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        for kind in ("dnn", "pnn"):
+            command = ["--dataset", str(folder / "near.hdf5"), "--config", "config.yaml", "--quiet", "--cpu"]
+            command += ["--run_name", f"{kind}-tested", "--output", f"{kind}-tested.pkl"]
+            command += ["--holdout_ratio", "0.2", "--test_ratio", "0.3", "--params", f"probabilistic={kind == 'pnn'}"]
+            assert learn_model.main(command) == 0
+            relabel(folder, f"{kind}-tested", f"{kind}-held", test=[])
+            relabel(folder, f"{kind}-tested", f"{kind}-all", test=[], holdout=[], train=list(range(EPISODES)))
     return folder
+
+
+def relabel(folder, model, name, dataset=None, **split):
+    """Writes a model again under another name, as if trained on another split, or on a dataset of another name."""
+    members, metadata = load(folder / f"{model}.pkl")
+    metadata["run_name"] = name
+    metadata["dataset"]["split"] |= split
+    metadata["dataset"]["name"] = dataset or metadata["dataset"]["name"]
+    (folder / f"{name}.pkl").write_bytes(pickle.dumps((members, metadata)))
+
+
+def load(path):
+    with path.open("rb") as file:
+        return pickle.load(file)
+
+
+@pytest.fixture(scope="module")
+def reported(trained, tmp_path_factory):
+    """The folder of a report on two models and two datasets, and what the command printed; figures are small."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(tmp_path_factory.mktemp("reported"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
+        patch.setattr(figures, "png", lambda figure, dpi: png(figure, dpi=20))
+        flags = [str(trained / "pnn-all.pkl"), "--ood_dataset", str(trained / "far.hdf5")]
+        assert main(["--model", str(trained / "pnn-tested.pkl"), *flags, *near(trained), *FAST]) == 0
+        return Path("reports").resolve() / "pnn-tested-on-near", printed.getvalue()
 
 
 @pytest.fixture
 def workplace(trained, tmp_path, monkeypatch):
-    """An empty current directory; datasets and models are in ``trained``."""
+    """An empty current directory; datasets and models are in ``trained``. Figures are small, which is faster."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
+    monkeypatch.setattr(figures, "png", lambda figure, dpi: png(figure, dpi=20))
     return tmp_path
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leaves figures empty, which is faster."""
-    monkeypatch.setattr(figures, "_png", lambda figure: b"")
+    """Leaves figures empty, which is faster still."""
+    monkeypatch.setattr(figures, "png", lambda figure, dpi: b"")
+
+
+def near(trained):
+    return ["--dataset", str(trained / "near.hdf5")]
 
 
 def evaluate(trained, model, dataset, *flags):
@@ -97,18 +130,13 @@ def report_of(folder):
 # --- What is written ---
 
 
-@pytest.mark.parametrize("kind", ["dnn", "pnn"])
-def test_a_report_holds_every_table_and_figure(trained, workplace, kind, capsys):
-    far = str(trained / "far.hdf5")
-    models = [str(trained / f"{kind}-tested.pkl"), str(trained / f"{kind}-all.pkl")]
-    dataset = str(trained / "near.hdf5")
-    assert main(["--model", *models, "--dataset", dataset, "--ood_dataset", far, *FAST]) == 0
-    folder = workplace / "reports" / f"{kind}-tested-on-near"
+def test_a_report_holds_every_table_and_figure(reported):
+    folder, printed = reported
     content = report_of(folder)
     assert sorted(content["files"]) == sorted(path.name for path in folder.iterdir())
-    assert (content["part"], content["kind"][0]) == ("test", kind[0])
-    assert {"one_step.csv", "rollout.csv", "ood.csv", "cross_dataset.csv", "trajectories.csv"} <= set(content["files"])
-    assert ("bounds.csv" in content["files"]) == (kind == "pnn")
+    assert (content["part"], content["kind"]) == ("test", "probabilistic")
+    tables = {"one_step", "rollout", "ood", "cross_dataset", "trajectories", "bounds"}
+    assert {f"{name}.csv" for name in tables} <= set(content["files"])
     page = (folder / "report.html").read_text()
     for name in content["files"]:
         if name.endswith(".png"):
@@ -117,25 +145,50 @@ def test_a_report_holds_every_table_and_figure(trained, workplace, kind, capsys)
     assert not re.search(r'<script|<link|@import|(src|href)="(?!data:)', page)  # nothing to load
     nrmse = pd.read_csv(folder / "one_step.csv").query("predictor == 'ensemble' and dimension == 'all'").rmse.item()
     assert content["metrics"]["nrmse"] == nrmse < content["metrics"]["nrmse_no_change"]
-    printed = capsys.readouterr()
-    assert f"nRMSE {nrmse:.3f}" in printed.out
-    assert "test trajectories, which neither trained the model nor selected anything" in printed.out
+    assert f"nRMSE {nrmse:.3f}" in printed
+    assert "test trajectories, which neither trained the model nor selected anything" in printed
     matrix = pd.read_csv(folder / "cross_dataset.csv").set_index(["model", "dataset"]).rmse
     assert matrix.notna().tolist() == [True, True, False, True]  # the second model has seen all of its own dataset
 
 
-def test_only_unseen_rows_are_evaluated(trained, workplace, undrawn):
-    assert evaluate(trained, "pnn-tested", "near") == 0
-    with (trained / "pnn-tested.pkl").open("rb") as file:
-        _, metadata = pickle.load(file)
-    table = pd.read_csv(workplace / "reports" / "pnn-tested-on-near" / "trajectories.csv")
+def test_only_unseen_rows_are_evaluated(trained, reported):
+    _, metadata = load(trained / "pnn-tested.pkl")
+    table = pd.read_csv(reported[0] / "trajectories.csv")
     assert table.trajectory.tolist() == metadata["dataset"]["split"]["test"]
+
+
+def test_the_evaluation_joins_the_run_of_the_model(trained, reported):
+    from mlflow.tracking import MlflowClient
+
+    _, metadata = load(trained / "pnn-tested.pkl")
+    client = MlflowClient(f"sqlite:///{trained}/mlflow.db")
+    logged = client.get_run(metadata["mlflow_run_id"]).data.metrics
+    content = report_of(reported[0])
+    for name, value in content["metrics"].items():
+        assert logged[f"eval/near/{name}"] == pytest.approx(value)
+    kept = client.list_artifacts(metadata["mlflow_run_id"], "evaluation/near")
+    assert {Path(artifact.path).name for artifact in kept} >= set(content["files"])
+
+
+def test_the_same_seed_gives_the_same_report(trained, reported, workplace, undrawn):
+    for seed in ("0", "3"):
+        assert evaluate(trained, "pnn-tested", "near", "--output", seed, "--quiet", "--seed", seed) == 0
+    for path in (workplace / "0").glob("*.csv"):
+        assert path.read_bytes() == (reported[0] / path.name).read_bytes()
+    assert (workplace / "3" / "starts.csv").read_bytes() != (reported[0] / "starts.csv").read_bytes()
+
+
+def test_an_earlier_report_is_replaced_whole(trained, reported, workplace, undrawn):
+    folder = shutil.copytree(reported[0], workplace / "here")
+    (folder / "mine.txt").write_text("not the report's")
+    assert evaluate(trained, "dnn-tested", "near", "--output", "here", "--quiet") == 0
+    assert {path.name for path in folder.iterdir()} == {*report_of(folder)["files"], "mine.txt"}
+    assert not {"bounds.csv", "ood.csv", "cross_dataset.png"} & set(report_of(folder)["files"])
 
 
 @pytest.mark.parametrize(
     ("model", "flags", "part", "label"),
     [
-        ("pnn-tested", ["--split", "holdout"], "holdout", "these scores flatter the model"),
         ("pnn-held", [], "holdout", "the selection holdout"),
         ("dnn-all", ["--split", "train"], "train", "not how well it predicts"),
     ],
@@ -148,9 +201,8 @@ def test_reports_on_what_the_model_knows_say_so(trained, workplace, undrawn, mod
     assert label in (workplace / "here" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", ["dnn", "pnn"])
-def test_another_dataset_is_unseen_as_a_whole(trained, workplace, undrawn, kind):
-    assert evaluate(trained, f"{kind}-all", "far", "--output", "here", "--quiet") == 0
+def test_another_dataset_is_unseen_as_a_whole(trained, workplace, undrawn):
+    assert evaluate(trained, "dnn-all", "far", "--output", "here", "--quiet") == 0
     content = report_of(workplace / "here")
     assert (content["part"], content["trajectories"], content["rows"]) == ("unseen", EPISODES, EPISODES * LENGTH)
     assert len(content["notes"]) == 1
@@ -158,14 +210,10 @@ def test_another_dataset_is_unseen_as_a_whole(trained, workplace, undrawn, kind)
 
 def test_a_training_dataset_that_is_gone_is_said_and_made_up_for(trained, workplace, undrawn):
     away = workplace / "near.hdf5"
-    with (trained / "dnn-all.pkl").open("rb") as file:
-        members, metadata = pickle.load(file)
-    metadata["dataset"]["name"] = str(away)
-    (workplace / "model.pkl").write_bytes(pickle.dumps((members, metadata)))
-    command = ["--model", "model.pkl", "--dataset", str(trained / "far.hdf5"), *FAST, "--quiet", "--output"]
-    assert main([*command, "missing"]) == 0
+    relabel(trained, "dnn-all", "dnn-away", dataset=str(away))
+    assert evaluate(trained, "dnn-away", "far", "--quiet", "--output", "missing") == 0
     shutil.copy(trained / "far.hdf5", away)  # the same name, other data
-    assert main([*command, "changed"]) == 0
+    assert evaluate(trained, "dnn-away", "far", "--quiet", "--output", "changed") == 0
     for folder in (workplace / "missing", workplace / "changed"):
         assert "is not here in the version that was trained on" in report_of(folder)["notes"][1]
         calibration = pd.read_csv(folder / "calibration.csv").query("variant == 'raw' and dimension == 'all'")
@@ -173,42 +221,11 @@ def test_a_training_dataset_that_is_gone_is_said_and_made_up_for(trained, workpl
 
 
 def test_too_many_rows_are_drawn_from(trained, workplace, undrawn, monkeypatch):
-    monkeypatch.setattr(evaluate_model, "MAX_ROWS", 3 * LENGTH)
+    monkeypatch.setattr(selection, "MAX_ROWS", 3 * LENGTH)
     assert evaluate(trained, "pnn-all", "far", "--output", "here", "--quiet") == 0
     content = report_of(workplace / "here")
     assert content["trajectories"] == 3
     assert "3 of 10 trajectories were drawn at random" in content["notes"][1]
-
-
-def test_the_same_seed_gives_the_same_report(trained, workplace, undrawn):
-    for output in ("first", "second"):
-        assert evaluate(trained, "pnn-tested", "near", "--output", output, "--quiet", "--seed", "3") == 0
-    for path in (workplace / "first").glob("*.csv"):
-        assert path.read_bytes() == (workplace / "second" / path.name).read_bytes()
-
-
-def test_an_earlier_report_is_replaced_whole(trained, workplace, undrawn):
-    assert evaluate(trained, "pnn-tested", "near", "--output", "here", "--quiet") == 0
-    assert (workplace / "here" / "bounds.csv").exists()
-    (workplace / "here" / "mine.txt").write_text("not the report's")
-    assert evaluate(trained, "dnn-tested", "near", "--output", "here", "--quiet") == 0
-    assert not (workplace / "here" / "bounds.csv").exists()
-    assert (workplace / "here" / "mine.txt").exists()
-
-
-def test_the_evaluation_joins_the_run_of_the_model(trained, workplace, undrawn):
-    from mlflow.tracking import MlflowClient
-
-    assert evaluate(trained, "pnn-tested", "near", "--quiet") == 0
-    with (trained / "pnn-tested.pkl").open("rb") as file:
-        _, metadata = pickle.load(file)
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    logged = client.get_run(metadata["mlflow_run_id"]).data.metrics
-    content = report_of(workplace / "reports" / "pnn-tested-on-near")
-    for name, value in content["metrics"].items():
-        assert logged[f"eval/near/{name}"] == pytest.approx(value)
-    kept = client.list_artifacts(metadata["mlflow_run_id"], "evaluation/near")
-    assert {Path(artifact.path).name for artifact in kept} >= set(content["files"])
 
 
 def test_a_store_that_is_not_there_costs_one_warning(trained, workplace, undrawn, monkeypatch, capsys):
@@ -235,6 +252,12 @@ def test_a_store_that_is_not_there_costs_one_warning(trained, workplace, undrawn
         ("pnn-all", "far", ["--ood_dataset", "near"], "was trained on all of"),
         ("pnn-tested", "near", ["--ood_dataset", "near"], "is given twice"),
         ("pnn-tested", "near", ["--horizons", "0"], "--horizons got 0"),
+        (
+            "pnn-tested",
+            "near",
+            ["--horizons", "31", "40"],
+            "--horizons begins at 31 steps, .* more than 30 transitions",
+        ),
         ("pnn-tested", "near", ["--max_starts", "0"], "--max_starts is 0"),
         ("pnn-tested", "near", ["--seed", "-1"], "--seed is -1"),
         ("pnn-tested", "near", ["--oracle"], "does not name"),
@@ -275,39 +298,16 @@ def test_a_single_trajectory_is_reported_as_far_as_it_goes(trained, workplace):
     assert "crps_recalibrated" not in content["metrics"]
 
 
-def test_one_trajectory_gives_deterministic_members_no_variance(trained, workplace, capsys):
-    with (trained / "dnn-all.pkl").open("rb") as file:
-        members, metadata = pickle.load(file)
-    metadata["dataset"]["name"] = "gone.hdf5"
-    (workplace / "model.pkl").write_bytes(pickle.dumps((members, metadata)))
-    with pytest.raises(SystemExit):
-        main(["--model", "model.pkl", "--dataset", str(trained / "single.hdf5"), *FAST])
-    assert "one trajectory is not enough" in " ".join(capsys.readouterr().err.split())
-
-
-def test_the_cleanest_part_is_chosen():
-    def model(**parts):
-        split = {"train": [0], "holdout": [], "test": []} | parts
-        return Model("m", None, {"dataset": {"split": split}})
-
-    assert choose_part(model(holdout=[1], test=[2]), "d", None) == ("test", [2])
-    assert choose_part(model(holdout=[1]), "d", None) == ("holdout", [1])
-    assert choose_part(model(holdout=[1], test=[2]), "d", "train") == ("train", [0])
-    with pytest.raises(InputError, match="--test_ratio"):
-        choose_part(model(), "d", None)
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("hopper-medium-demo", "hopper-medium-demo"),
-        ("/data/some where/file.v2.hdf5", "file.v2"),
-        ("mujoco/hopper/medium-v0", "medium-v0"),
-        ("a b", "a-b"),
-    ],
-)
-def test_slugs(name, short):
-    assert slug(name) == short
+def test_one_trajectory_gives_deterministic_members_no_variance(trained, workplace, undrawn, capsys):
+    relabel(trained, "dnn-all", "dnn-gone", dataset="gone.hdf5")
+    relabel(trained, "pnn-all", "pnn-gone", dataset="gone.hdf5")
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate(trained, "dnn-gone", "single")
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "one trajectory is not enough to estimate the residuals of deterministic members" in line
+    assert not list(workplace.iterdir())
+    assert evaluate(trained, "pnn-gone", "single") == 0  # members that predict distributions have no need of it
 
 
 def test_help_is_quick_and_explains_every_flag():
@@ -323,9 +323,11 @@ def test_help_is_quick_and_explains_every_flag():
     assert {"--model", "--dataset", "--ood_dataset", "--horizons", "--oracle", "--output", "--split", "--cpu"} <= flags
 
 
-def test_the_oracle_joins_the_report(trained, workplace):
+def test_the_oracle_joins_the_report(trained, workplace, monkeypatch):
     pytest.importorskip("mujoco")
-    options = ["--params", "ensemble_size=2", "hidden_size=8", "fit_epochs=1", "probabilistic=false"]
+    monkeypatch.setattr(oracle, "ROWS", 60)
+    monkeypatch.setattr(oracle, "DRAWS", 30)
+    options = ["--params", "ensemble_size=2", "hidden_size=8", "fit_epochs=1", "batch_size=4096", "probabilistic=false"]
     dataset = ["--dataset", "hopper-medium-noisy-demo"]
     command = [*dataset, "--config", str(trained / "config.yaml"), "--test_ratio", "0.02"]
     assert learn_model.main([*command, "--output", "model.pkl", "--quiet", "--cpu", *options]) == 0

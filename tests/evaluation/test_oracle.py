@@ -3,9 +3,14 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 
 from data.sources import load_dataset
+from data.trajectories import gather_transitions
+from deterministic_model import DeterministicModel
+from dynamics_model import Architecture, DynamicsEnsemble
 from evaluation import oracle
+from evaluation.calibration import residual_variances
 from evaluation.oracle import RecordedStates, Simulator, evaluate_oracle, off_data_actions, prepare_oracle
 from evaluation.predictions import Scale
 from probabilistic_model import ProbabilisticModel
@@ -40,10 +45,6 @@ def few(monkeypatch):
 @pytest.fixture
 def ensemble(unit_normalisation):
     """Two members of Hopper's size who always expect no change, with a variance of 4 in every dimension."""
-    import torch
-
-    from dynamics_model import Architecture, DynamicsEnsemble
-
     members = []
     for _ in range(2):
         member = ProbabilisticModel(Architecture(11, 3, hidden_size=()), unit_normalisation(11, 3))
@@ -52,7 +53,7 @@ def ensemble(unit_normalisation):
             member.network.max_logvar.fill_(40.0)
             member.network.min_logvar.fill_(-40.0)
         members.append(member)
-    return DynamicsEnsemble(members)
+    return DynamicsEnsemble.from_members(members)
 
 
 SCALE = Scale(np.arange(11), np.ones(11))
@@ -134,7 +135,7 @@ def test_actions_off_the_data_are_possible_and_differ(hopper):
 
 def test_predictions_are_compared_with_the_true_next_state(hopper, few, ensemble):
     prepared = prepare_oracle(hopper, EVERY, SCALE, 0.0, seed=0)
-    tables = evaluate_oracle(ensemble, prepared, None, seed=0)
+    tables = evaluate_oracle(ensemble, prepared, gather_transitions(hopper, EVERY), seed=0)
     assert set(tables) == {"oracle"}
     table = tables["oracle"].set_index("actions")
     assert table.index.tolist() == ["recorded", "perturbed", "mirrored", "random"]
@@ -151,9 +152,19 @@ def test_predictions_are_compared_with_the_true_next_state(hopper, few, ensemble
 
 def test_the_true_noise_is_sampled(noisy_hopper, few, ensemble):
     prepared = prepare_oracle(noisy_hopper, EVERY, SCALE, 0.2, seed=0)
-    table = evaluate_oracle(ensemble, prepared, None, seed=0)["oracle_noise"]
+    table = evaluate_oracle(ensemble, prepared, gather_transitions(noisy_hopper, EVERY), seed=0)["oracle_noise"]
     np.testing.assert_allclose(table.true, np.sqrt(prepared.drawn.var(axis=0, ddof=1).mean(axis=0)), rtol=1e-6)
     np.testing.assert_allclose(table.predicted, 2.0, rtol=1e-5)
     assert table.spearman.isna().all()  # a constant prediction cannot follow anything
     # Noise on the motors moves velocities (the last six dimensions) more than positions within one step.
     assert table.true[5:].min() > table.true[:5].max()
+
+
+def test_members_that_predict_points_answer_with_their_residuals(noisy_hopper, few, unit_normalisation):
+    members = [DeterministicModel(Architecture(11, 3, hidden_size=()), unit_normalisation(11, 3)) for _ in range(2)]
+    ensemble, rows = DynamicsEnsemble.from_members(members), gather_transitions(noisy_hopper, EVERY)
+    tables = evaluate_oracle(ensemble, prepare_oracle(noisy_hopper, EVERY, SCALE, 0.2, seed=0), rows, seed=0)
+    residuals = residual_variances(ensemble, rows)[0, 0]
+    np.testing.assert_allclose(tables["oracle_noise"].predicted, np.sqrt(residuals))
+    np.testing.assert_allclose(tables["oracle"].predicted_std, np.sqrt(residuals.mean()))
+    assert "mean_max_aleatoric" not in tables["oracle"]  # points have no such measure

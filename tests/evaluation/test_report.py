@@ -1,58 +1,89 @@
+import dataclasses
+import json
+
 import numpy as np
 import pandas as pd
+import pytest
 
-from evaluation import figures
-from evaluation.report import CAPTIONS, headline_cards
+from evaluation.report import EvaluationFacts, earlier_files, headline_cards, slug, write_report
+from evaluation.selection import Model, Selection
+
+SUMMARY = {
+    "nrmse": 0.5,
+    "nrmse_no_change": 1.0,
+    "crps_mixture": 0.1,
+    "nll_mixture": -1.0,
+    "coverage_90_raw": 0.876,
+    "ece_raw": 0.1,
+    "calibrated_horizon_tsinf_raw": 7.0,
+    **{f"error_tsinf_{step}": float(step) for step in (1, 10, 50)},
+    **{f"diverged_tsinf_{step}": 0.25 for step in (1, 10, 50)},
+}
+
+
+@pytest.fixture
+def facts_of(knowing_ensemble, walks):
+    """Returns a function that gathers the facts of evaluating a model on some of three trajectories."""
+
+    def gather(*indices, part="test", available=None, has_training_rows=True):
+        model = Model(
+            None, "m", knowing_ensemble(), {"kind": "of its own", "config": {"seed": 3}, "dataset": {"name": "d"}}
+        )
+        selection = Selection(np.array(indices), part, len(indices) if available is None else available)
+        options = {"has_training_rows": has_training_rows, "seed": 0, "command": "python evaluate_model.py"}
+        return EvaluationFacts.of(model, walks(2, 3, 4), selection, **options)
+
+    return gather
+
+
+def test_facts_count_what_was_evaluated(facts_of):
+    facts = facts_of(0, 2)
+    assert (facts.rows, facts.trajectories, facts.members) == (6, 2, 2)
+    assert (facts.title, facts.kind) == ("m on walks", "of its own")
+    (note,) = facts.notes
+    assert note.startswith("Evaluated on test trajectories, which neither trained")
+
+
+def test_facts_warn_of_what_a_reader_must_know(facts_of):
+    drawn, single = facts_of(0, 1, part="unseen", available=3), facts_of(0, part="holdout", has_training_rows=False)
+    assert drawn.notes[1].startswith("2 of 3 trajectories were drawn at random")
+    assert "these scores flatter the model" in single.notes[0]
+    assert single.notes[1].startswith("The training dataset d is not here in the version that was trained on")
+    assert single.notes[2].startswith("With a single trajectory nothing can be recalibrated")
+
+
+def test_a_report_is_written_whole_and_replaces_an_earlier_one(facts_of, tmp_path):
+    facts, folder = facts_of(0, 1), tmp_path / "new" / "report"
+    assert earlier_files(folder) == []
+    tables = {"first": pd.DataFrame({"a": [1]}), "second": pd.DataFrame({"a": [2]})}
+    write_report(folder, facts, SUMMARY, tables, {"drawn": b"png"}, "page")
+    (folder / "mine.txt").write_text("not the report's")
+    files = write_report(folder, facts, SUMMARY, {"first": tables["first"]}, {}, "another page")
+    assert [file.name for file in files] == earlier_files(folder) == ["report.html", "first.csv", "metrics.json"]
+    assert {path.name for path in folder.iterdir()} == {*earlier_files(folder), "mine.txt"}
+    content = json.loads((folder / "metrics.json").read_text())
+    assert list(content) == [field.name for field in dataclasses.fields(facts)] + ["metrics", "files"]
+    assert (content["notes"], content["config"], content["metrics"]) == (facts.notes, {"seed": 3}, SUMMARY)
+    assert (folder / "report.html").read_text() == "another page"
 
 
 def test_cards_show_the_last_horizon_up_to_25_and_leave_out_what_is_unknown():
-    summary = {
-        "nrmse": 0.5,
-        "nrmse_no_change": 1.0,
-        "crps_mixture": 0.1,
-        "nll_mixture": -1.0,
-        "coverage_90_raw": 0.876,
-        "ece_raw": 0.1,
-        "calibrated_horizon_tsinf_raw": 7.0,
-        **{f"error_tsinf_{step}": float(step) for step in (1, 10, 50)},
-        **{f"diverged_tsinf_{step}": 0.25 for step in (1, 10, 50)},
-    }
-    cards = {name: (value, reading) for name, value, reading in headline_cards(summary, [1, 10, 50])}
-    assert cards["error after 10 steps"] == ("10", "tsinf, median; 25% diverged")
-    assert cards["90 % interval covers"][0] == "87.6%"
-    assert "recalibrated -" in cards["90 % interval covers"][1]
-    assert "linear regression -" in cards["one-step nRMSE"][1]
+    cards = {card.name: card for card in headline_cards(SUMMARY, [1, 10, 50])}
+    assert cards["error after 10 steps"][1:] == ("10", "tsinf, median; 25% diverged")
+    assert cards["90 % interval covers"].value == "87.6%"
+    assert "recalibrated -" in cards["90 % interval covers"].reading
+    assert "linear regression -" in cards["one-step nRMSE"].reading
     assert not any("finds" in name for name in cards)
 
 
-def test_every_figure_has_a_caption():
-    drawn = {name.removeprefix("draw_") for name in vars(figures) if name.startswith("draw_")} - {"figures"}
-    assert drawn == set(CAPTIONS)
-
-
-def test_exploded_rollouts_do_not_flatten_the_figure():
-    table = pd.DataFrame({"horizon": [1, 2, 3], "median": [0.1, 10.0, 1e30]})
-    names = ["tsinf", "ts1", "mean", "no_change", "member_0"]
-    table = pd.concat([table.assign(propagation=name) for name in names])
-    table["q25"], table["q75"] = table["median"] / 2, table["median"] * 2
-    (axes,) = figures.draw_rollout_error(table).axes
-    assert axes.get_ylim()[1] == 1e6
-    table["median"] = np.inf
-    figures.draw_rollout_error(table)  # nothing finite to draw is no error
-
-
-def test_many_dimensions_are_labelled_sparsely():
-    _, axes = figures._panel("", "", "")
-    figures._name_dimensions(axes, list(map(str, range(111))))
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert len(labels) <= 20
-    assert labels[:2] == ["0", "6"]
-
-
-def test_unseen_cells_are_numbers_and_seen_ones_are_said():
-    table = pd.DataFrame(
-        {"model": ["a", "a"], "dataset": ["x", "y"], "trained_on": [True, False], "rmse": [np.nan, 0.25]}
-    )
-    (axes,) = figures.draw_cross_dataset(table).axes
-    assert [text.get_text() for text in axes.texts] == ["seen", "0.25"]
-    assert len(axes.patches) == 1
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("hopper-medium-demo", "hopper-medium-demo"),
+        ("/data/some where/file.v2.hdf5", "file.v2"),
+        ("mujoco/hopper/medium-v0", "medium-v0"),
+        ("a b", "a-b"),
+    ],
+)
+def test_slugs(name, short):
+    assert slug(name) == short

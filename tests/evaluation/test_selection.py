@@ -1,0 +1,108 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from data.trajectories import Dataset
+from deterministic_model import DeterministicModel
+from dynamics_model import FORMAT_VERSION
+from evaluation.selection import (
+    Model,
+    check_fit,
+    choose_part,
+    draw_trajectories,
+    find_training_rows,
+    load_models,
+    select_trajectories,
+    unseen_rows,
+)
+from utils import InputError
+
+
+@pytest.fixture
+def saved(tmp_path, constant_member):
+    """Returns a function that writes a model of two members to a file of its name."""
+
+    def save(name, **metadata):
+        members = [constant_member(DeterministicModel, [0.0, change]) for change in (1.0, 2.0)]
+        path = tmp_path / f"{name}.pkl"
+        path.write_bytes(pickle.dumps((members, {"format_version": FORMAT_VERSION, "seed": 0, **metadata})))
+        return path
+
+    return save
+
+
+def model_of(dataset, **split):
+    parts = {"train": [], "holdout": [], "test": []} | split
+    return Model(None, "m", None, {"dataset": {"name": dataset.name, "sha256": dataset.sha256, "split": parts}})
+
+
+def test_models_bear_the_names_of_their_runs_or_else_of_their_files(saved):
+    first, second = load_models([saved("first", run_name="run"), saved("second")], "cpu")
+    assert (first.name, second.name) == ("run", "second")
+    assert len(first.ensemble) == 2
+    with pytest.raises(InputError, match="two of the models are of the run 'run'"):
+        load_models([saved("first", run_name="run"), saved("other", run_name="run")], "cpu")
+
+
+def test_files_that_are_no_models_are_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist; train one"):
+        Model.load(tmp_path / "none.pkl", "cpu")
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps("something else"))
+    with pytest.raises(InputError, match="is not a model"):
+        Model.load(tmp_path / "other.pkl", "cpu")
+
+
+def test_models_must_fit_every_dataset(saved, walks, noisy_dataset):
+    path = saved("m", dataset={"name": "walks", "env_name": "Walk-v1"})
+    models, data = load_models([path], "cpu"), walks(3)
+    check_fit(models, [data, noisy_dataset()])
+    wide = noisy_dataset(deviation=(1.0, 1.0))
+    wide.trajectories[0] = wide.trajectories[0].__class__(
+        *(np.zeros((5, size), np.float32) for size in (4, 1)), np.zeros(5), np.zeros((5, 4), np.float32), False
+    )
+    with pytest.raises(InputError, match=r"noise has 4 state and 1 action .* trained on 2 state .* of Walk-v1"):
+        check_fit(models, [data, wide])
+
+
+# --- Trajectories ---
+
+
+def test_trajectories_are_drawn_whole_until_there_are_enough_rows(walks):
+    data = walks(*[10] * 20)
+    drawn = draw_trajectories(data, np.arange(3, 20), max_rows=45, seed=0)
+    assert len(drawn) == len(set(drawn)) == 5
+    assert (np.diff(drawn) > 0).all()
+    assert set(drawn) <= set(range(3, 20))
+    assert draw_trajectories(data, np.arange(3, 20), max_rows=10**6, seed=0).tolist() == list(range(3, 20))
+    assert len(draw_trajectories(data, np.arange(20), max_rows=1, seed=0)) == 2  # standard errors need two
+
+
+def test_the_part_that_the_model_knows_least_is_chosen(walks):
+    data = walks(2, 2, 2)
+    assert choose_part(model_of(data, train=[0], holdout=[1], test=[2]), "d", None) == ("test", [2])
+    assert choose_part(model_of(data, train=[0], holdout=[1]), "d", None) == ("holdout", [1])
+    assert choose_part(model_of(data, train=[0], holdout=[1], test=[2]), "d", "train") == ("train", [0])
+    with pytest.raises(InputError, match="--test_ratio"):
+        choose_part(model_of(data, train=[0]), "d", None)
+    with pytest.raises(InputError, match="no such part of 'd', only train, test"):
+        choose_part(model_of(data, train=[0], test=[1]), "d", "holdout")
+
+
+def test_another_dataset_is_unseen_as_a_whole(walks, noisy_dataset):
+    model, other = model_of(walks(5, 5), test=[1]), Dataset("other", None, "1" * 64, walks(3, 4, 5).trajectories)
+    found = select_trajectories(model, other, max_rows=7, seed=0)
+    assert (found.part, found.available, len(found.indices)) == ("unseen", 3, 2)
+    assert len(unseen_rows(model, other, seed=0)) == 12
+    own = select_trajectories(model, walks(5, 5), max_rows=7, seed=0)
+    assert (own.part, own.available, own.indices.tolist()) == ("test", 1, [1])
+    with pytest.raises(InputError, match="leave --split out"):
+        select_trajectories(model, other, 7, seed=0, split="test")
+
+
+def test_training_rows_are_those_of_the_split(walks):
+    data = walks(2, 3, 4)
+    rows = find_training_rows(model_of(data, train=[0, 2]), data, quiet=True)
+    assert rows.states[:, 0].tolist() == [0, 1, 0, 1, 2, 3]
+    changed = Dataset(data.name, None, "1" * 64, data.trajectories)  # and its own is nowhere
+    assert find_training_rows(model_of(data, train=[0, 2]), changed, quiet=True) is None
