@@ -190,8 +190,8 @@ def processes():
     They work in the current folder of the test, but with the environment of the first test that asked for one.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    stores = ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.tracing"]
-    forkserver.set_forkserver_preload(["torch", "pytest", "h5py", "matplotlib.pyplot", "pandas", "tqdm", *stores])
+    slow = ["torch", "torch._dynamo", "pytest", "h5py", "matplotlib.pyplot", "pandas", "scipy.stats"]
+    forkserver.set_forkserver_preload([*slow, "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"])
     forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 

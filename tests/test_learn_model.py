@@ -92,8 +92,8 @@ def assert_same_bits(first, second):
 
 
 @pytest.fixture(scope="module")
-def runs(linear_dataset, empty_store, tmp_path_factory):
-    """A folder with three runs, each called as its model is.
+def runs(processes, linear_dataset, empty_store, tmp_path_factory):
+    """A folder with three runs, each called as its model is; meanwhile the processes of later tests get ready.
 
     ``dnn`` learns a linear system and its reward. ``pnn`` ends with best weights of several epochs. ``final`` holds
     nothing out, has its CSV elsewhere and fewer rows than a minibatch.

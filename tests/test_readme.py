@@ -1,4 +1,7 @@
-"""Every command in the README runs: long ones with tiny settings, D4RL ids with a small stand-in in D4RL's folder."""
+"""Every command in the README runs: long ones with tiny settings, D4RL ids with a small stand-in in D4RL's folder.
+
+A command is a process of its own, but one that has imported what takes seconds already. The file tree is the tree.
+"""
 
 import os
 import re
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 
 import learn_model
 from data.sources import load_dataset
@@ -25,21 +29,18 @@ TINY = {
 }
 
 
-def python_commands(script: str) -> list[str]:
+def python_commands(script):
     return [command for command in COMMANDS if command.startswith(f"python {script}")]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture
-def clone(tmp_path, monkeypatch, store):
-    """A current directory that looks like the repository, with a stand-in for D4RL's hopper-medium-v0."""
+def clone(processes, empty_store, tmp_path_factory):
+    """A folder that looks like the repository, with a stand-in for D4RL's hopper-medium-v0."""
+    folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "data", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    cache = tmp_path / "d4rl"
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(empty_store, folder)
+    cache = folder / "d4rl"
     cache.mkdir()
     with (
         h5py.File(ROOT / "data" / "bundled" / "hopper-medium-demo.hdf5") as demo,
@@ -47,19 +48,33 @@ def clone(tmp_path, monkeypatch, store):
     ):
         for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
             file[key] = demo[key][:5000]
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return folder
 
 
-def run(command: str, *more: str) -> None:
-    _, script, *arguments = shlex.split(command)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments, *more], env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+@pytest.fixture
+def run(clone, monkeypatch, start_script):
+    """Returns a function that runs a command, with more arguments, in the clone."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(clone / "d4rl"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(clone)
+
+    def run_it(command, *more):
+        _, script, *arguments = shlex.split(command)
+        process, printed = start_script(ROOT / script, *arguments, *more)
+        process.join(300)
+        assert process.exitcode == 0, printed.read_text()
+
+    return run_it
+
+
+@pytest.fixture
+def trained(clone, run):
+    """The clone with a ``model.pkl`` from the command that the README has before those which take one."""
+    if not (clone / "trained.pkl").exists():
+        (command,) = (command for command in python_commands("learn_model.py") if "--test_ratio" in command)
+        run(command, *TINY["learn_model.py"], "--output", "trained.pkl")
+    shutil.copy(clone / "trained.pkl", clone / "model.pkl")
+    return clone
 
 
 def test_every_kind_of_command_is_known_here():
@@ -70,50 +85,56 @@ def test_every_kind_of_command_is_known_here():
 
 
 @pytest.mark.parametrize("command", python_commands("learn_model.py"))
-def test_training_commands_run(clone, command):
+def test_training_commands_run(clone, run, command):
+    output = clone / ("pnn.pkl" if "pnn.pkl" in command else "model.pkl")
+    output.unlink(missing_ok=True)
+    shutil.rmtree(clone / "logs", ignore_errors=True)
+
     run(command, *TINY["learn_model.py"])
-    output = "pnn.pkl" if "pnn.pkl" in command else "model.pkl"
-    assert len(load_ensemble(clone / output)) == 2
+
+    assert len(load_ensemble(output)) == 2
     assert (clone / "logs" / "hopper_dnn.csv").exists() == ("--csv" in command)
 
 
 @pytest.mark.parametrize("command", python_commands("collect_dataset.py"))
-def test_collection_commands_run(clone, command):
+def test_collection_commands_run(clone, run, command):
     pytest.importorskip("gymnasium")
     training = "--policy sac" in command
     if training:
         pytest.importorskip("stable_baselines3")
     run(command, *(TINY["collect_dataset.py"] if training else ["--steps", "300"]))
-    (made,) = clone.glob("*.hdf5")
-    assert load_dataset(str(made)).num_rows == 300
+    made = shlex.split(command)[shlex.split(command).index("--output") + 1]
+    assert load_dataset(str(clone / made)).num_rows == 300
 
 
-def test_the_evaluation_command_runs(clone):
-    trained = next(command for command in python_commands("learn_model.py") if "--test_ratio" in command)
-    run(trained, *TINY["learn_model.py"])
+def test_the_evaluation_command_runs(trained, run):
     (command,) = python_commands("evaluate_model.py")
     run(command, "--max_starts", "20", "--horizons", "1", "5")
-    (report,) = (clone / "reports").glob("*/report.html")
+    (report,) = (trained / "reports").glob("*/report.html")
     assert report.stat().st_size > 10_000
 
 
-def test_the_comparison_command_runs(clone):
+def test_the_comparison_command_runs(clone, run):
     (command,) = python_commands("compare_models.py")
     run(command, "--seeds", "2", "--learning_rates", "0.004", *TINY["learn_model.py"])
     assert (clone / "reports" / "first" / "report.html").exists()
 
 
-def test_the_example_loads_a_model(clone):
-    run(python_commands("learn_model.py")[0], *TINY["learn_model.py"])
+def test_the_example_loads_a_model(trained):
+    """In a process that finds our modules only where the example looks for them."""
     (command,) = python_commands("examples/")
-    run(command)
+    _, script, *arguments = shlex.split(command)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = subprocess.run(
+        [sys.executable, script, *arguments], cwd=trained, env=environment, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("2 members; mean (2, 5, 11), variance (2, 5, 11)")
 
 
-def test_the_downstream_code_runs_as_printed(clone):
-    run(python_commands("learn_model.py")[1], *TINY["learn_model.py"])
-    shutil.copy("pnn.pkl", "model.pkl")
+def test_the_downstream_code_runs_as_printed(trained, monkeypatch):
+    monkeypatch.chdir(trained)
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    import torch
 
     names = {"states": torch.zeros(5, 11), "actions": torch.zeros(5, 3), "action_sequences": torch.zeros(5, 4, 3)}
     exec(code, names)
@@ -129,8 +150,25 @@ def test_make_targets_named_are_there():
     assert {"run", "test"} <= set(named)
 
 
+def test_links_lead_to_files_that_are_there():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
+    assert len(links) >= 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def modules_of_tree():
+    """Modules that the README's file tree names, as paths: packages end with a slash, their files are indented."""
+    tree, package, found = README.split("## Where things are")[1].split("```")[1], "", []
+    for line in tree.splitlines():
+        names = re.split(r" {2,}", line.strip())[0]
+        if not line.startswith(" "):
+            package = names if names.endswith("/") else ""
+        found += [package + module for module in re.findall(r"\w+\.py", names)]
+    return found
+
+
 def test_the_file_tree_names_every_module():
-    tree = README.split("## Where things are")[1].split("```")[1]
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert {name for name in modules if name not in tree} == set()
-    assert {name for name in re.findall(r"^ *(\w+\.py)", tree, flags=re.MULTILINE) if name not in modules} == set()
+    packages = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "benchmarks"]
+    paths = [path for folder in (ROOT, *packages) for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(packages) == 6
+    assert sorted(modules_of_tree()) == sorted(str(path.relative_to(ROOT)) for path in paths)
