@@ -93,10 +93,11 @@ class CellStore:
 def pack(folder: Path) -> None:
     """Moves the cells of a study, which no command may be working on, from their folders into ``cells.parquet``.
 
-    The file holds the rows of all tables of all cells, one below the other, in the columns ``cell`` (its name),
-    ``table`` (its name), ``record``, and every column of any table, empty in the rows of tables that lack it. The first
-    row of a cell, of the table ``cell``, holds in ``record`` as JSON what ``cell.json`` held (``record``) and the types
-    of the columns of each table (``types``); ``record`` is empty in all other rows.
+    The file holds the rows of all tables of all cells, one below the other. Its columns are ``cell`` and ``table``,
+    whose rows they are; ``record``; and every column of any table, which is empty in the rows of tables that lack it,
+    and text in all tables or in none. The first row of a cell, of the table ``cell``, has in ``record`` as JSON what
+    ``cell.json`` held (``record``) and the types of the columns of its tables (``types``); in all other rows ``record``
+    is empty.
     """
     folders = {path.parent.relative_to(folder).as_posix(): path.parent for path in folder.glob("*/*/*/*/cell.json")}
     if not folders:

@@ -6,6 +6,7 @@ import pytest
 
 from study.analysis import POOLED
 from study.publish import main
+from study.store import CellStore
 
 BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->\n"
 
@@ -54,6 +55,21 @@ def test_publishing_again_changes_nothing(study):
     assert publish(study) == publish(study)
 
 
+def test_published_studies_are_packed(study, make_cell, make_result):
+    cells, store = [make_cell(), make_cell(is_trial=True)], CellStore(study)
+    for cell in cells:
+        store.write(cell.name, make_result(cell))
+    publish(study)
+    assert sorted(path.name for path in study.iterdir()) == [
+        "cells.parquet",
+        "learning_rates.csv",
+        "paired.csv",
+        "study.json",
+    ]
+    for cell in cells:
+        assert CellStore(study).read(cell.name).record == make_result(cell).record
+
+
 def test_further_studies_follow_with_their_ratios(study):
     text = publish(study, str(study))
 
@@ -62,16 +78,19 @@ def test_further_studies_follow_with_their_ratios(study):
 
 
 @pytest.mark.parametrize("missing", ["study", "markers"])
-def test_what_is_missing_is_named_and_nothing_is_written(study, missing, capsys):
+def test_what_is_missing_is_named_and_nothing_is_written(study, missing, capsys, make_cell, make_result):
     readme = study.parent.parent / "README.md"
     if missing == "study":
         (study / "paired.csv").unlink()
     else:
         readme.write_text("# Title\n")
-    before = readme.read_text()
+    before, cell = readme.read_text(), make_cell()
+    CellStore(study).write(cell.name, make_result(cell))
     with pytest.raises(SystemExit) as ended:
         main([str(study), "--readme", str(readme)])
 
     assert ended.value.code == 2
     assert ("paired.csv does not exist" if missing == "study" else "has no lines") in capsys.readouterr().err
     assert readme.read_text() == before
+    assert (study / cell.name).exists()
+    assert not (study / "cells.parquet").exists()

@@ -1,0 +1,93 @@
+"""Small cells to run on a small dataset, and made-up results of cells whose numbers can be worked out."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from config import LearnConfig
+from data.trajectories import Dataset, Trajectory
+from study.cells import Cell, CellOutcome, CellRecord, Result
+from utils import Origin
+
+LENGTH, EPISODES = 30, 12
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    """Twelve trajectories of a noisy linear system with 3 state and 2 action dimensions."""
+    random = np.random.default_rng(0)
+    trajectories = []
+    for _ in range(EPISODES):
+        states, actions = [random.normal(size=3)], random.uniform(-1, 1, (LENGTH, 2))
+        for action in actions:
+            states.append(0.9 * states[-1] + action.sum() * np.array([0.1, 0.2, 0.3]) + 0.05 * random.normal(size=3))
+        states, rewards = np.array(states, np.float32), np.zeros(LENGTH, np.float32)
+        trajectories.append(Trajectory(states[:-1], actions.astype(np.float32), rewards, states[1:], terminated=False))
+    return Dataset("one", None, "d1ge57", trajectories)
+
+
+@pytest.fixture(scope="session")
+def make_cell():
+    """Returns a function that makes a small cell on the dataset ``one``, with other settings where they are given."""
+
+    def make(arm="point", dataset="one", is_trial=False, **settings):
+        small = {"ensemble_size": 2, "hidden_size": (8,), "fit_epochs": 2, "batch_size": 64, "split_seed": 0}
+        return Cell(arm, dataset, LearnConfig(**small | settings), is_trial, "cpu", threads=1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_result():
+    """Returns a function that makes up the result of a cell, with the tables that are given."""
+
+    def make(cell, tables=None, *, failure=None, val_mse=1.0, metrics=None):
+        outcome = CellOutcome(failure, None if failure else val_mse, metrics or {}, seconds=3600.0)
+        origin = Origin("c0ffee", {"python": "3.11", "torch": "2.9", "numpy": "2.1"})
+        return Result(CellRecord(cell.request("d1ge57"), outcome, origin), tables or {})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_study(make_cell, make_result):
+    """Returns a function that makes up the results of a study of two arms, the errors of ``b`` twice those of ``a``.
+
+    Each cell has 4 test trajectories, and errors in proportion to arm, ``1 + seed`` and ``1 + trajectory``.
+    """
+
+    def tables(scale, seed):
+        trajectory, error = np.arange(4), scale * (1 + seed) * np.array([1.0, 2.0, 3.0, 4.0])
+        steps = np.array([1, 5, 10, 25, 50])
+        reached = {1: 4, 5: 3, 10: 2, 25: 1, 50: 1}  # start points with that many steps left
+        starts = [(t, k, error[t] * k) for k, count in reached.items() for t in trajectory[:count]]
+        members = {"predictor": ["ensemble", "member_0", "member_1", "member_2"], "rmse": [1.0, 2.0, 4.0, 8.0]}
+        curve = {"step": [0, 1, 2] * 2, "model_id": [0] * 3 + [1] * 3, "val_mse": [4.0, 1.0, math.e, 3.0, 2.0, 1.0]}
+        rollout = {"propagation": "tsinf", "horizon": steps, "median": error[1] * steps, "diverged": steps / 100}
+        still = {"propagation": "no_change", "horizon": steps, "median": 10.0 * steps, "diverged": 0.0}
+        return {
+            "trajectories": pd.DataFrame(
+                {"trajectory": trajectory, "rows": 10, "mse": np.square(error), "crps_recalibrated": error}
+            ),
+            "starts": pd.DataFrame(starts, columns=["trajectory", "horizon", "error"]),
+            "one_step": pd.DataFrame(members),
+            "training": pd.DataFrame(curve),
+            "rollout": pd.concat([pd.DataFrame(rollout), pd.DataFrame(still)], ignore_index=True),
+            "reliability": pd.DataFrame({"variant": "raw", "promised": [0.5, 0.9], "observed": [0.4, 0.8]}),
+        }
+
+    def make(datasets=("x",), seeds=3, failing=()):
+        results = {}
+        for seed in range(seeds):
+            for dataset in datasets:
+                for arm, scale in (("a", 1.0), ("b", 2.0)):
+                    cell = make_cell(arm, dataset, seed=seed, fit_lr=0.1)
+                    if cell.key in failing:
+                        results[cell.key] = make_result(cell, failure="diverged")
+                    else:
+                        results[cell.key] = make_result(cell, tables(scale, seed), metrics={"r2": 0.5})
+        return results
+
+    return make
