@@ -1,7 +1,8 @@
 """Trajectories and transitions in memory; splits by whole trajectory.
 
-Letters in shapes: ``T`` rows of one trajectory, ``N`` rows of several. All arrays are float32 in raw units. A row is
-one time step: the state, the action taken in it, the reward for it and, where the file has it, the state that followed.
+Letters in shapes: ``T`` rows of one trajectory, ``N`` rows of several. All arrays are in raw units and float32, except
+that states are float64 in a dataset of which float32 would lose something. A row is one time step: the state, the action
+taken in it and, where the file has them, the reward for it and the state that followed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Trajectory:
     Attributes:
         observations: States, ``(T, state_dim)``.
         actions: Actions taken in them, ``(T, action_dim)``.
-        rewards: Rewards of those steps, ``(T,)``.
+        rewards: Rewards of those steps, ``(T,)``; None where the file has none.
         next_observations: States that followed, ``(T, state_dim)``; None where the file has none.
         terminated: Whether the last row ended in a terminal state, not at a time limit or the file's end.
         qpos: Simulator positions, ``(T, positions)``; None unless asked for and in the file.
@@ -29,7 +30,7 @@ class Trajectory:
 
     observations: np.ndarray
     actions: np.ndarray
-    rewards: np.ndarray
+    rewards: np.ndarray | None
     next_observations: np.ndarray | None
     terminated: bool
     qpos: np.ndarray | None = None
@@ -66,6 +67,21 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the datasets that were joined.
+
+    Attributes:
+        name: The name as the user gave it.
+        sha256: Its digest, as in ``Dataset``.
+        num_trajectories: How many trajectories came from it.
+    """
+
+    name: str
+    sha256: str
+    num_trajectories: int
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Validated trajectories and where they came from.
 
@@ -75,6 +91,8 @@ class Dataset:
         sha256: Digest of the source file's bytes; for a Minari dataset, of its arrays.
         trajectories: In the file's order, at least one of them with a transition.
         findings: What was found while reading.
+        parts: Where it was joined from several, those datasets, whose trajectories follow each other in this order; else
+            empty.
     """
 
     name: str
@@ -82,6 +100,7 @@ class Dataset:
     sha256: str
     trajectories: list[Trajectory]
     findings: tuple[Finding, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def state_dim(self) -> int:
@@ -112,13 +131,13 @@ class Transitions:
         states: ``(N, state_dim)``.
         actions: ``(N, action_dim)``.
         next_states: ``(N, state_dim)``.
-        rewards: ``(N,)``.
+        rewards: ``(N,)``; None where the dataset has none.
     """
 
     states: np.ndarray
     actions: np.ndarray
     next_states: np.ndarray
-    rewards: np.ndarray
+    rewards: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -219,6 +238,7 @@ def gather_transitions(dataset: Dataset, indices: np.ndarray) -> Transitions:
     """
     chosen = [dataset.trajectories[index] for index in indices]
     paired = dataset.trajectories[0].next_observations is None
+    has_rewards = dataset.trajectories[0].rewards is not None
     if paired:
         following = [trajectory.observations[1:] for trajectory in chosen]
     else:
@@ -227,7 +247,7 @@ def gather_transitions(dataset: Dataset, indices: np.ndarray) -> Transitions:
         states=_concatenate([t.observations[: t.num_transitions] for t in chosen], (dataset.state_dim,)),
         actions=_concatenate([t.actions[: t.num_transitions] for t in chosen], (dataset.action_dim,)),
         next_states=_concatenate(following, (dataset.state_dim,)),
-        rewards=_concatenate([t.rewards[: t.num_transitions] for t in chosen], ()),
+        rewards=_concatenate([t.rewards[: t.num_transitions] for t in chosen], ()) if has_rewards else None,
     )
 
 
