@@ -1,8 +1,8 @@
-"""What the benchmarks share: rows in CSV files, the machine they were measured on, tables in README.md, figures.
+"""What the benchmarks share: results files, the machine they were measured on, rounds in turn, tables and figures.
 
-A benchmark appends finished rows to ``results/NAME.csv`` and skips them when it is run again; its tables and figures
-are made from that file alone. Every row says on which machine and at which commit it was measured; tables of times show
-the rows of the machine that measured last.
+A benchmark appends the rows that it has measured to ``results/NAME.csv`` and skips them when it is run again; its
+tables and its figure are made from that file alone. Each row says on which machine and at which commit it was measured.
+Tables of times show the machine that measured last.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
 from cli import CommandLine, exit_on_input_error
-from reporting.page import replace_section
-from utils import InputError, atomic_write, git_commit
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from reporting.page import markdown_details, replace_section
+from reporting.style import png
+from utils import ROOT, InputError, atomic_write, git_commit
 
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
 
 
-class Study:
-    """The files of one benchmark.
+# --- Results ---
+
+
+class ResultsFile:
+    """The CSV of a benchmark, with the figure and the section of README.md that are made from it.
+
+    Rows have columns of the benchmark's own, and ``commit`` and ``machine``.
 
     Args:
-        name: Of the CSV, and of the script that writes it.
+        name: Of the CSV and the figure; for most benchmarks also that of the script and the section.
         folder: Holds ``results/``, ``plots/`` and ``README.md``.
-        is_timed: Whether rows tell how long something took, so that those of different machines do not mix.
+        is_timed: Whether rows tell how long something took, so that those of different machines must not be mixed.
     """
 
     def __init__(self, name: str, folder: Path = FOLDER, is_timed: bool = True) -> None:
@@ -50,9 +53,9 @@ class Study:
         self.csv = folder / "results" / f"{name}.csv"
 
     def rows(self, machine: str | None = None) -> pd.DataFrame:
-        """Returns the rows measured on a machine, by default the one that measured last; empty where there are none.
+        """Returns the rows of a machine, by default of the one that measured last; empty where there are none.
 
-        Rows that are not timed are returned whatever the machine.
+        If rows are not timed, those of all machines are returned.
         """
         if not self.csv.exists():
             return pd.DataFrame()
@@ -65,8 +68,8 @@ class Study:
         """Returns the machines that have measured, the last one first."""
         return list(dict.fromkeys(reversed(pd.read_csv(self.csv)["machine"].tolist())))
 
-    def shown(self) -> pd.DataFrame:
-        """Returns the rows for tables and figures; ends the program where nothing has been measured."""
+    def rows_to_show(self) -> pd.DataFrame:
+        """Returns the rows for tables and figures; ends the program if nothing has been measured."""
         rows = self.rows()
         with exit_on_input_error():
             if rows.empty:
@@ -75,17 +78,17 @@ class Study:
 
     def finished(self, **wanted: Any) -> pd.DataFrame:
         """Returns the rows of this machine that have these values in these columns."""
-        return _having(self.rows(machine()), wanted)
+        return _select(self.rows(machine()), wanted)
 
     def discard(self, **wanted: Any) -> None:
-        """Removes the rows that have these values in these columns, whatever the machine."""
+        """Removes the rows of all machines that have these values in these columns."""
         with locked(self.folder):
             if self.csv.exists():
                 table = pd.read_csv(self.csv)
-                self._write(table.drop(_having(table, wanted).index))
+                self._write(table.drop(_select(table, wanted).index))
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows, with the machine and the commit, at once: a run that is killed leaves whole measurements.
+        """Adds rows, with commit and machine, all at once: a run that is killed leaves whole measurements.
 
         Several processes may add to one file.
         """
@@ -101,26 +104,28 @@ class Study:
         with atomic_write(self.csv, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g")
 
-    def write_table(self, text: str) -> None:
-        """Replaces what README.md has between the benchmark's marker comments: table, figure, and their origin."""
+    def publish(self, text: str, figure: Figure | None = None) -> None:
+        """Writes the figure to ``plots/``, and its section of README.md: origin of the rows, text with tables, figure.
+
+        Args:
+            text: Markdown.
+            figure: A new figure; None leaves the one in ``plots/``, if any, as it is.
+        """
+        picture = Path("plots") / f"{self.name}.png"
+        if figure is not None:
+            with atomic_write(self.folder / picture) as file:
+                file.write(png(figure, dpi=110))
         rows = self.rows()
         commits = " to ".join(f"`{commit}`" for commit in dict.fromkeys(rows["commit"].iloc[[0, -1]]))
         machines = "; ".join(rows["machine"].unique())
         origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {machines}."
-        picture = f"plots/{self.name}.png"
-        shown = f"![{self.name}]({picture})\n\n" if (self.folder / picture).exists() else ""
+        shown = f"![{self.name}]({picture.as_posix()})" if (self.folder / picture).exists() else ""
         readme = self.folder / "README.md"
         replace_section(readme, self.name, f"{origin}\n\n{text.strip()}\n\n{shown}")
         print(f"\n{text.strip()}\n\n{self.csv}, {readme}", file=sys.stderr)
 
-    def save_figure(self, figure: Figure) -> None:
-        """Writes the benchmark's figure to ``plots/``."""
-        path = self.folder / "plots" / f"{self.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
 
-
-def _having(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
+def _select(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
     for column, value in wanted.items() if len(table) else ():
         table = table[table[column] == value]
     return table
@@ -128,7 +133,7 @@ def _having(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lets one process in at a time."""
+    """Lets one process at a time into the block."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -146,28 +151,28 @@ def command_line(description: str | None) -> CommandLine:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="try it out: tiny settings, and results, tables and figures in a temporary folder; not for publishing",
+        help="try it out: tiny settings, with results, tables and figure in a temporary folder; not for publishing",
     )
     parser.add_argument(
-        "--tables", action="store_true", help="measure nothing, draw tables and figures again from the CSV"
+        "--tables", action="store_true", help="measure nothing; make the tables and the figure again from the CSV"
     )
     return parser
 
 
-def open_study(name: str, quick: bool, is_timed: bool = True) -> Study:
-    """Returns the benchmark's files; those of a quick trial are in a temporary folder."""
+def open_results(name: str, quick: bool, is_timed: bool = True) -> ResultsFile:
+    """Returns the benchmark's results file; that of a quick trial is in a temporary folder."""
     if not quick:
-        return Study(name, is_timed=is_timed)
+        return ResultsFile(name, is_timed=is_timed)
     folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
     shutil.copy(FOLDER / "README.md", folder)
-    return Study(name, folder, is_timed)
+    return ResultsFile(name, folder, is_timed)
 
 
 # --- Machine and versions ---
 
 
 def machine() -> str:
-    """Returns processor, cores, memory and the versions that speed depends on, in a line."""
+    """Returns in one line what speed depends on: processor, cores, memory, system, versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy"))
@@ -189,15 +194,16 @@ def _cpu_model() -> str:
 
 
 def in_turn(arms: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Times functions in alternating rounds, so that what disturbs the machine disturbs all of them.
+    """Times functions in alternating rounds, so that whatever disturbs the machine disturbs all of them.
 
     Args:
-        arms: Functions by name; each is called before the first round, too, unmeasured.
+        arms: Functions by name. Each is called twice before the first round, to warm up and to see how long it takes.
         rounds: How often each is timed.
-        seconds: About how long each is called over and over in a round.
+        seconds: About how long each is called over and over in a round; at least once.
 
     Returns:
-        A row per round and arm: ``started``, the same for all of one call; ``round``; ``arm``; ``ms`` per call.
+        A row per round and arm: ``started``, the time of day, the same in all rows; ``round``; ``arm``; ``ms`` per
+        call.
     """
     calls = {}
     for name, function in arms.items():
@@ -217,19 +223,22 @@ def in_turn(arms: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> 
 
 
 def timestamp() -> str:
-    """Returns the time of day, which tells measurements of one sitting from another's."""
+    """Returns the time of day, by which rows that were measured together are known."""
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def compare(rows: pd.DataFrame, case: list[str], base: str, value: str = "ms") -> pd.DataFrame:
-    """Summarises rounds: per case and arm, ``median``, ``low``, ``high`` and ``ratio``.
+    """Summarises rounds, and compares each arm with one of them.
 
     Args:
         rows: With the columns of ``case``, ``started``, ``round``, ``arm`` and ``value``.
-        case: What tells cases apart.
-        base: The arm that others are compared with: ``ratio`` is the median, over rounds, of the arm's value divided by
-            the base's in the same round.
-        value: What was measured.
+        case: Columns that tell cases apart.
+        base: The arm to compare with.
+        value: The column that was measured.
+
+    Returns:
+        A row per case and arm (the index): ``median``, ``low`` and ``high`` of the value over rounds, and ``ratio``,
+        the median over rounds of the arm's value divided by the base's in the same round.
     """
     turn = [*case, "started", "round"]
     of_base = rows[rows["arm"] == base].set_index(turn)[value].rename("base")
@@ -243,24 +252,14 @@ def compare(rows: pd.DataFrame, case: list[str], base: str, value: str = "ms") -
 # --- Tables and figures ---
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-
-
 def sections(tables: dict[str, str]) -> str:
-    """Returns titled tables, the first in sight and the others folded away."""
+    """Returns Markdown tables below their titles, the first one in sight and the others folded away."""
     first, *others = tables.items()
-    return "\n\n".join([f"**{first[0]}**\n\n{first[1]}", *(folded(title, table) for title, table in others)])
-
-
-def folded(title: str, text: str) -> str:
-    """Returns text that shows when its title is clicked on."""
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+    return "\n\n".join([f"**{first[0]}**\n\n{first[1]}", *(markdown_details(*titled) for titled in others)])
 
 
 def spread(summary: pd.Series, form: str = ".3g") -> str:
-    """Returns the median, and low and high in brackets, of a row of ``compare``."""
+    """Returns ``median (low-high)`` of a row of ``compare``."""
     return f"{summary['median']:{form}} ({summary['low']:{form}}–{summary['high']:{form}})"  # noqa: RUF001 - a range
 
 
@@ -270,7 +269,5 @@ def count(number: int, noun: str) -> str:
 
 
 def new_figure(columns: int, lines: int = 1) -> Figure:
-    """Returns a figure for that many panels."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
+    """Returns a figure with room for so many panels."""
     return Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")

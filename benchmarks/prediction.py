@@ -4,11 +4,14 @@
     python -m benchmarks.prediction --rows 500 --threads 1
     python -m benchmarks.prediction --quick
 
-Planners predict from 20 to 1000 rows at a time, over and over along a horizon. Measured are ``predict`` (the same rows
-with every member) and rollouts over the horizon, in turn with a loop over the members of ``model.pkl`` and a loop over
-plain ``nn.Linear`` networks with the same weights, the published way. All three are first checked to predict the same.
-Ours and the published way are measured with rounded products, too, which is a matter of PyTorch's own switch,
-``torch.set_float32_matmul_precision("medium")``, and pays where the processor has AMX.
+Planners predict 20 to 1000 rows at a time, over and over along a horizon. Two tasks are timed: ``predict`` (the same
+rows with every member) and rollouts over the horizon. Three ways to do them run in turn: the stacked ensemble, a loop
+over the members of ``model.pkl``, and the published way, a loop over plain ``nn.Linear`` networks. They share their
+weights, and are first checked to predict the same.
+
+All three multiply with PyTorch's own products, whichever products training chooses on the machine. The ensemble and the
+published way are also timed with PyTorch's switch for products that round their operands,
+``torch.set_float32_matmul_precision("medium")``, which pays where the processor has AMX.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +31,9 @@ from benchmarks import harness
 from benchmarks.plain_loop import plain_member
 from benchmarks.step_arms import Case
 from dynamics_model import DynamicsEnsemble, DynamicsModel
+from reporting.page import markdown_table
 
-KINDS = {"probabilistic": "4x200", "deterministic": "4x256"}
+KINDS = {"probabilistic": "4x200", "deterministic": "4x256"}  # layers x width of each kind
 ROWS = (20, 50, 100, 200, 500, 1000)
 THREADS = (1, 2)
 HORIZON = 30
@@ -42,16 +47,16 @@ OTHERS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures what is missing, then draws the table and the figure."""
+    """Measures what is missing, then makes the table and the figure."""
     args = parse_arguments(argv)
-    study = harness.open_study("prediction", args.quick)
+    results = harness.open_results("prediction", args.quick)
     if not args.tables:
+        cases = {kind: Case(kind, KINDS[kind], batch=256, size="hopper", threads=1, rounds=0) for kind in args.kind}
         grid = itertools.product(args.kind, args.threads, args.rows)
         for kind, threads, rows in tqdm(list(grid), unit="case"):
-            measure(study, kind, threads, rows, args.rounds, args.seconds)
-    summary = harness.compare(study.shown(), CASE, base="ours")
-    study.save_figure(figure(summary))
-    study.write_table(table(summary))
+            torch.set_num_threads(threads)
+            measure(results, cases[kind], threads, rows, args.rounds, args.seconds)
+    publish(results)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -64,31 +69,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long an arm runs in a round (0.1)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.rows, args.threads, args.rounds, args.seconds = (20, 500), (1,), 2, 0.02
+        args.rows, args.threads, args.rounds, args.seconds = (20,), (1,), 2, 0
     return args
 
 
-def measure(study: harness.Study, kind: str, threads: int, rows: int, rounds: int, seconds: float) -> None:
-    """Measures each task of a case that has no rows yet."""
-    torch.set_num_threads(threads)
-    case = Case(kind, KINDS[kind], batch=256, size="hopper", threads=threads, rounds=0)
-    ensemble = case.ensemble
-    ensemble.requires_grad_(False)
+def measure(results: harness.ResultsFile, case: Case, threads: int, rows: int, rounds: int, seconds: float) -> None:
+    """Times each task that has no rows yet, with members of a case.
+
+    Adds a row per task, round and arm: the columns of ``CASE``, and those of ``harness.in_turn``.
+    """
+    ensemble = case.ensemble.requires_grad_(False)
     members = ensemble.members()
     plain = plain_loop(ensemble, case)
     states = torch.as_tensor(case.transitions.states[:rows])
-    plans = torch.randn(rows, HORIZON, case.transitions.actions.shape[1])
+    plans = torch.randn(rows, HORIZON, ensemble.action_dim)
     actions = plans[:, 0]
     check_equal(ensemble, members, plain, states, actions)
 
-    def along_horizon(step: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-        """Each member on its own predictions, one member after the other."""
+    def along_horizon(predict: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        """Rolls out one member after the other, each on its own predictions."""
         for member in range(len(members)):
             current = states
             for time in range(HORIZON):
-                current = step(current, plans[:, time], member)
+                current = predict(current, plans[:, time], member)
 
-    tasks = {
+    tasks: dict[str, dict[str, Callable[[], Any]]] = {
         "predict": {
             "ours": lambda: ensemble.predict(states, actions),
             "members": lambda: [member.forward(states, actions) for member in members],
@@ -96,8 +101,8 @@ def measure(study: harness.Study, kind: str, threads: int, rows: int, rounds: in
         },
         f"rollout of {HORIZON} steps, every member": {
             "ours": lambda: ensemble.rollout(states, plans, "member"),
-            "members": lambda: along_horizon(lambda state, action, member: first(members[member](state, action))),
-            "plain": lambda: along_horizon(lambda state, action, member: first(plain(state, action, member))),
+            "members": lambda: along_horizon(lambda state, action, member: mean_of(members[member](state, action))),
+            "plain": lambda: along_horizon(lambda state, action, member: mean_of(plain(state, action, member))),
         },
         f"rollout of {HORIZON} steps, tsinf": {"ours": lambda: ensemble.rollout(states, plans, "tsinf")},
     }
@@ -105,10 +110,10 @@ def measure(study: harness.Study, kind: str, threads: int, rows: int, rounds: in
         arms["rounded"] = rounded(arms["ours"])
         if "plain" in arms:
             arms["plain rounded"] = rounded(arms["plain"])
-        values = {"kind": kind, "task": task, "rows": rows, "threads": threads}
-        if study.finished(**values).empty:
+        values = {"kind": case.kind, "task": task, "rows": rows, "threads": threads}
+        if results.finished(**values).empty:
             with torch.no_grad():
-                study.append([values | row for row in harness.in_turn(arms, rounds, seconds)])
+                results.append([values | row for row in harness.in_turn(arms, rounds, seconds)])
 
 
 def rounded(predict: Callable[[], Any]) -> Callable[[], None]:
@@ -122,21 +127,20 @@ def rounded(predict: Callable[[], Any]) -> Callable[[], None]:
     return predict_rounded
 
 
-def first(prediction: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean of either kind's prediction."""
+def mean_of(prediction: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+    """Returns the mean of a prediction, which for members that predict a point is the prediction itself."""
     return prediction[0] if isinstance(prediction, tuple) else prediction
 
 
-def plain_loop(ensemble: DynamicsEnsemble, case: Case) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Any]]:
-    """Returns a function that predicts with one ``nn.Linear`` network, from raw units to raw units."""
-    network = ensemble.network
-    networks = [plain_member(case.config, network, member) for member in range(len(ensemble))]
+def plain_loop(ensemble: DynamicsEnsemble, case: Case) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]:
+    """Returns a function of states, actions and a member that predicts with one ``nn.Linear`` network, in raw units."""
+    networks = [plain_member(case.config, ensemble, member) for member in range(len(ensemble))]
 
     def predict(states: Tensor, actions: Tensor, member: int) -> tuple[Tensor, Tensor | None]:
-        inputs = (torch.cat((states, actions), dim=-1) - network.input_shift) / network.input_scale
+        inputs = (torch.cat((states, actions), dim=-1) - ensemble.input_shift) / ensemble.input_scale
         mean, log_variance = networks[member](inputs)
-        mean = states + (mean * network.delta_scale + network.delta_shift)
-        return mean, None if log_variance is None else log_variance.exp() * network.delta_scale.square()
+        mean = states + (mean * ensemble.delta_scale + ensemble.delta_shift)
+        return mean, None if log_variance is None else log_variance.exp() * ensemble.delta_scale.square()
 
     return predict
 
@@ -145,10 +149,10 @@ def plain_loop(ensemble: DynamicsEnsemble, case: Case) -> Callable[[Tensor, Tens
 def check_equal(
     ensemble: DynamicsEnsemble, members: list[DynamicsModel], plain: Callable[..., Any], states: Tensor, actions: Tensor
 ) -> None:
-    """Raises AssertionError unless all ways predict the same."""
+    """Raises an AssertionError unless all ways predict the same."""
     mean, variance = ensemble.predict(states, actions)
     for index, member in enumerate(members):
-        torch.testing.assert_close(first(member.forward(states, actions)), mean[index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean_of(member.forward(states, actions)), mean[index], rtol=1e-4, atol=1e-5)
         plain_mean, plain_variance = plain(states, actions, index)
         torch.testing.assert_close(plain_mean, mean[index], rtol=1e-4, atol=1e-5)
         if variance is not None:
@@ -158,56 +162,61 @@ def check_equal(
 # --- The table and the figure ---
 
 
-def rows_per_second(summary: pd.DataFrame) -> pd.Series:
-    """Returns how many rows a second pass through all members, one step of a rollout counting as one pass."""
+def publish(results: harness.ResultsFile) -> None:
+    """Makes table and figure."""
+    summary = harness.compare(results.rows_to_show(), CASE, base="ours").reset_index()
     steps = summary["task"].str.startswith("rollout") * (HORIZON - 1) + 1
-    return summary["rows"] * steps / summary["median"] * 1e3
+    summary = summary.assign(rate=summary["rows"] * steps / summary["median"] * 1e3)
+    results.publish(tables(summary), draw(summary))
 
 
-def table(summary: pd.DataFrame) -> str:
-    """Returns ours in milliseconds and rows per second, and how the others' time compares."""
-    summary = summary.reset_index()
-    summary = summary.assign(rate=rows_per_second(summary))
+def tables(summary: pd.DataFrame) -> str:
+    """Returns a table per kind and number of threads.
+
+    Args:
+        summary: Columns of ``CASE`` and ``harness.compare``, and ``rate``: rows per second.
+    """
     groups = sorted(summary.groupby(["kind", "threads"], sort=False), key=lambda group: -group[0][1])
     titled = {
-        f"{kind} {KINDS[kind]}, {harness.count(threads, 'thread')}": lines(group) for (kind, threads), group in groups
+        f"{kind} {KINDS[kind]}, {harness.count(threads, 'thread')}": table(group) for (kind, threads), group in groups
     }
     return (
-        "7 members, hopper sizes. Medians over rounds, with the smallest and the largest; rows/s: rows that pass "
-        "through all 7 members in a second (for tsinf: through one of them), a step of a rollout counting as one pass; "
-        "x: median over rounds of the other's time divided by ours; rounded: with "
+        "7 members, hopper sizes. Medians over rounds, with the smallest and the largest. rows/s: rows that pass "
+        "through all 7 members in a second (tsinf: through one of them), each step of a rollout counting as one pass. "
+        "x: the other's time divided by ours in the same round, median over rounds. Rounded: with "
         f"`torch.set_float32_matmul_precision('medium')`, PyTorch's own switch.\n\n{harness.sections(titled)}"
     )
 
 
-def lines(summary: pd.DataFrame) -> str:
-    """Returns the table of one kind and number of threads."""
+def table(group: pd.DataFrame) -> str:
+    """Returns the table of one kind and number of threads.
+
+    A line per task and number of rows: ours in milliseconds and rows per second, each other arm as a multiple of ours.
+    """
     header = ["task", "rows", "ours, ms", "ours, rows/s", *(f"{name}, x" for name in OTHERS.values())]
-    table = []
-    for (task, rows), case in summary.sort_values(["task", "rows"]).groupby(["task", "rows"]):
+    lines = []
+    for (task, rows), case in group.sort_values(["task", "rows"]).groupby(["task", "rows"]):
         arms = {row["arm"]: row for _, row in case.iterrows()}
         ratios = [f"{arms[arm]['ratio']:.2f}" if arm in arms else "-" for arm in OTHERS]
-        table.append([task, str(rows), harness.spread(arms["ours"]), f"{arms['ours']['rate']:,.0f}", *ratios])
-    return harness.markdown(header, table)
+        lines.append([task, str(rows), harness.spread(arms["ours"]), f"{arms['ours']['rate']:,.0f}", *ratios])
+    return markdown_table(header, lines)
 
 
-def figure(summary: pd.DataFrame) -> Any:
-    """Draws rows per second against rows, a panel per task, for the kind and threads measured first."""
-    summary = summary.reset_index()
-    summary = summary.assign(rate=rows_per_second(summary))
+def draw(summary: pd.DataFrame) -> Figure:
+    """Draws rows per second against rows, a panel per task, for the kind measured first and the most threads."""
     summary = summary[(summary["kind"] == summary["kind"].iloc[0])]
     summary = summary[summary["threads"] == summary["threads"].max()]
     tasks = list(summary["task"].unique())
-    drawn = harness.new_figure(columns=len(tasks))
+    figure = harness.new_figure(columns=len(tasks))
     colours = {arm: f"C{index}" for index, arm in enumerate(["ours", *OTHERS])}
-    for axes, task in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for arm, rows in summary[summary["task"] == task].groupby("arm", sort=False):
             rows = rows.sort_values("rows")
             axes.plot(rows["rows"], rows["rate"], "o-", color=colours[arm], label=OTHERS.get(arm, "ours, stacked"))
         axes.set(title=task, xlabel="rows", ylabel="rows per second, all members", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
-    drawn.axes[0].legend(fontsize="x-small")
-    return drawn
+    figure.axes[0].legend(fontsize="x-small")
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,40 +1,41 @@
-"""What other settings than ours give: validation errors, what lost included.
+"""Validation errors with other settings than ours, those that lost included.
 
     python -m benchmarks.recipes_tried
     python -m benchmarks.recipes_tried --groups hopper_dnn --variants ours relu
     python -m benchmarks.recipes_tried --quick
 
-Each variant is a file of ``configs/`` with one thing changed (two where one asks for the other), trained on the data of
-``time_to_quality.py`` with the same trajectories held out: one member and a quarter of the epochs, or the whole
-training where the question is how it ends. One seed: differences of a few per cent say nothing. Finished variants are
-skipped.
+Each variant is a file of ``configs/`` with one thing changed (two where one calls for the other), trained on the data
+of ``time_to_quality.py`` with the same trajectories held out: one member for a quarter of the epochs, or for the whole
+training where the question is how it ends. There is one seed, so differences of a few per cent mean nothing. Finished
+variants are skipped when the command is run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from benchmarks import harness
-from benchmarks.time_to_quality import DATA, Run, mean
-from config import load_config
+from benchmarks.prepare import DATA, prepare
+from config import LearnConfig, load_config
 from data.sources import load_dataset
 from data.trajectories import Dataset
-from tracking.trackers import NullTracker
-from training import member_threads
+from dynamics_model import DynamicsEnsemble
+from reporting.page import markdown_table
 from training.hardware import reduced_epochs
 from training.loop import train_ensemble
-from training.scores import score_members
-
-Optimizer = torch.optim.Optimizer
+from training.optimisation import build_optimizer
+from training.scores import mean_scores, score_members
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,22 @@ class Variant:
     Attributes:
         params: Settings, as ``--params`` takes them.
         initial_scale: Factor of the hidden layers' initial weights.
-        on_optimizer: Changes the optimiser; gets the number of steps, too.
+        change_optimizer: Changes the optimiser; its second argument is the number of steps that it will take.
     """
 
     params: tuple[str, ...] = ()
     initial_scale: float = 1.0
-    on_optimizer: Callable[[Optimizer, int], None] | None = None
+    change_optimizer: Callable[[Optimizer, int], None] | None = None
 
 
 def set_beta2(optimizer: Optimizer, steps: int) -> None:
-    """Lets Adam's second moment forget ten times as fast."""
+    """Makes Adam's second moment forget ten times as fast."""
     for group in optimizer.param_groups:
         group["betas"] = (0.9, 0.99)
 
 
 def average_weights(optimizer: Optimizer, steps: int) -> None:
-    """Ends with the exponential moving average of the weights, over some 200 steps, rather than with the last ones."""
+    """Replaces the last weights by their exponential moving average over some 200 steps."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     averages: list[torch.Tensor] = []
     taken = 0
@@ -122,10 +123,10 @@ GROUPS = {
             "4x200": Variant(("hidden_size=200,200,200,200",)),
             "2x512": Variant(("hidden_size=512,512",)),
             "initial weights times sqrt(3)": Variant(initial_scale=math.sqrt(3)),
-            "Adam's beta2 0.99": Variant(on_optimizer=set_beta2),
-            "averaged weights": Variant(on_optimizer=average_weights),
+            "Adam's beta2 0.99": Variant(change_optimizer=set_beta2),
+            "averaged weights": Variant(change_optimizer=average_weights),
         },
-        base=("reduced_precision=0", "fit_lr=8e-3"),  # so short a training wants a higher rate
+        base=("reduced_precision=0", "fit_lr=8e-3"),  # so short a training needs a higher rate
     ),
     "hopper_pnn": Group(
         "hopper_pnn",
@@ -169,90 +170,96 @@ GROUPS = {
         },
     ),
 }
+# Of variants that differ in their settings only, two.
+QUICK_VARIANTS = ["ours", "relu", "initial weights times sqrt(3)", "Adam's beta2 0.99", "averaged weights"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains what is missing, then draws the table and the figure."""
+    """Trains what is missing, then makes the table and the figure."""
     args = parse_arguments(argv)
-    study = harness.open_study("recipes_tried", args.quick, is_timed=False)
+    results = harness.open_results("recipes_tried", args.quick, is_timed=False)
     if not args.tables:
         torch.set_num_threads(args.threads)
-        wanted = [(title, name) for title in args.groups for name in GROUPS[title].variants if name in args.variants]
         paths = DATA | {"hopper": args.data}
         datasets: dict[str, Dataset] = {}
+        wanted = [(title, name) for title in args.groups for name in GROUPS[title].variants if name in args.variants]
         for title, name in tqdm(wanted, unit="variant"):
             group, variant = GROUPS[title], GROUPS[title].variants[name]
             path = "hopper-random-demo" if args.quick else paths[group.environment]
             dataset = datasets[path] = datasets.get(path) or load_dataset(path, quiet=True)
             key = {"group": title, "variant": name, "data": dataset.sha256[:12]}
-            if study.finished(**key).empty:
-                params = (*group.base, *variant.params)
-                config = load_config(harness.ROOT / "configs" / f"{group.config}.yaml", params)
+            if results.finished(**key).empty:
+                config = load_config(harness.ROOT / "configs" / f"{group.config}.yaml", (*group.base, *variant.params))
                 epochs = int(config.fit_epochs * group.share)
                 config = dataclasses.replace(config, ensemble_size=group.members, fit_epochs=epochs)
                 if args.quick:
-                    config = dataclasses.replace(config, fit_epochs=2, hidden_size=(16,), batch_size=512)
-                study.append([key | train(Run(name, config, dataset), variant)])
-    rows = study.shown()
-    study.save_figure(figure(rows))
-    study.write_table(table(rows))
+                    config = dataclasses.replace(config, fit_epochs=2, hidden_size=(16,), batch_size=4096)
+                results.append([key | train(config, dataset, variant)])
+    publish(results)
 
 
-def parse_arguments(argv: list[str] | None) -> Any:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.command_line(__doc__)
     names = list(dict.fromkeys(name for group in GROUPS.values() for name in group.variants))
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help="groups of variants (all)"
     )
-    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME", help="which (all)")
+    parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help="which (all)")
     parser.add_argument("--data", default=DATA["hopper"], help=f"the hopper data ({DATA['hopper']})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (PyTorch's own choice)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.variants = args.variants or (QUICK_VARIANTS if args.quick else names)
+    return args
 
 
-def train(run: Run, variant: Variant) -> dict[str, float | int]:
-    """Trains members and scores the weights of their lowest validation errors: means over members."""
-    ensemble, rows, holdout = run.rows
+def train(config: LearnConfig, dataset: Dataset, variant: Variant) -> dict[str, float | int]:
+    """Trains a variant and scores the weights of its lowest validation errors.
+
+    Returns:
+        The row of the CSV, beside ``group``, ``variant`` and ``data`` (the dataset's checksum): ``epochs``,
+        ``rounded_epochs``, those of them whose products rounded their operands, ``members``, and the means over
+        members of ``val_mse`` and ``nll``, which is NaN where members predict points.
+    """
+    ensemble, rows, holdout = prepare(config, dataset)
     with torch.no_grad():
-        for weight in list(ensemble.network.dynamics.weights)[:-1]:
+        for weight in list(ensemble.dynamics.weights)[:-1]:
             weight.mul_(variant.initial_scale)
-    steps = run.config.fit_epochs * math.ceil(len(rows.inputs) / run.config.batch_size)
-    with changed_optimizer(variant, steps):
-        train_ensemble(ensemble, run.config, rows, holdout, NullTracker())
-    scores = score_members(ensemble, rows, holdout)
-    sizes = {"epochs": run.config.fit_epochs, "rounded_epochs": reduced_epochs(run.config, is_cuda=False)}
-    return sizes | {"members": len(scores)} | {name: mean_of(scores, name) for name in ("val_mse", "nll")}
+    steps = config.fit_epochs * math.ceil(len(rows.inputs) / config.batch_size)
 
-
-def mean_of(scores: list[dict[str, float | None]], name: str) -> float:
-    """Returns the mean of a score over members, NaN where their kind does not have it."""
-    return mean([math.nan if score[name] is None else score[name] for score in scores])
-
-
-@contextmanager
-def changed_optimizer(variant: Variant, steps: int) -> Iterator[None]:
-    """Has the training loop build its optimiser with the variant's change."""
-    build = member_threads.build_optimizer
-
-    def build_changed(*arguments: Any) -> Optimizer:
-        optimizer = build(*arguments)
-        if variant.on_optimizer is not None:
-            variant.on_optimizer(optimizer, steps)
+    def build_changed(members: DynamicsEnsemble, config: LearnConfig) -> Optimizer:
+        optimizer = build_optimizer(members, config)
+        if variant.change_optimizer is not None:
+            variant.change_optimizer(optimizer, steps)
         return optimizer
 
-    member_threads.build_optimizer = build_changed
-    try:
-        yield
-    finally:
-        member_threads.build_optimizer = build
+    for _ in train_ensemble(ensemble, config, rows, holdout, score_every=None, optimizer=build_changed):
+        pass
+    scores = mean_scores(score_members(ensemble, rows, holdout))
+    return {
+        "epochs": config.fit_epochs,
+        "rounded_epochs": reduced_epochs(config, is_cuda=False),
+        "members": len(ensemble),
+        "val_mse": scores["val_mse"],
+        "nll": scores.get("nll", math.nan),
+    }
 
 
-def table(rows: pd.DataFrame) -> str:
-    """Returns a line per variant, the best first, and how its error compares with ours."""
+# --- The tables and the figure ---
+
+
+def publish(results: harness.ResultsFile) -> None:
+    """Makes tables and figure."""
+    rows = results.rows_to_show()
+    results.publish(tables(rows), draw(rows))
+
+
+def tables(rows: pd.DataFrame) -> str:
+    """Returns a table per group: a line per variant, the best first, and its error as a multiple of ours."""
     parts = [
-        "One seed; where epochs are a quarter of the configuration's, products do not round, and "
-        "`hopper_dnn` has a peak rate of 0.008, which so short a training wants."
+        "One seed: differences of a few per cent mean nothing. Where training is a quarter of the configuration's "
+        "epochs, products do not round, and `hopper_dnn` has a peak learning rate of 0.008, which suits so short a "
+        "training."
     ]
     for title, of_group in rows.groupby("group", sort=False):
         own = of_group.loc[of_group["variant"] == "ours", "val_mse"]
@@ -263,16 +270,16 @@ def table(rows: pd.DataFrame) -> str:
             sizes = [f"{row[name]:.0f}" for name in ("epochs", "rounded_epochs", "members")]
             lines.append([row["variant"], *sizes, f"{row['val_mse']:.5f}", ratio, nll])
         header = [title, "epochs", "of them rounded", "members", "validation MSE", "x of ours", "NLL"]
-        parts.append(harness.markdown(header, lines))
+        parts.append(markdown_table(header, lines))
     return "\n\n".join(parts)
 
 
-def figure(rows: pd.DataFrame) -> Any:
+def draw(rows: pd.DataFrame) -> Figure:
     """Draws validation errors, a panel per group, a point per variant."""
     groups = list(rows.groupby("group", sort=False))
     sizes = [len(of_group) for _, of_group in groups]
-    drawn = harness.new_figure(columns=2, lines=1 + sum(sizes) // 10)
-    panels = drawn.subplots(len(groups), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    figure = harness.new_figure(columns=2, lines=1 + sum(sizes) // 10)
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=sizes)[:, 0]
     for axes, (title, of_group) in zip(panels, groups, strict=True):
         of_group = of_group.sort_values("val_mse", ascending=False)
         colours = ["tab:blue" if name == "ours" else "tab:grey" for name in of_group["variant"]]
@@ -283,7 +290,7 @@ def figure(rows: pd.DataFrame) -> Any:
         lowest, highest = of_group["val_mse"].min(), of_group["val_mse"].max()
         axes.set_xlim(0.97 * lowest, 1.03 * max(highest, 1.5 * lowest))  # small differences look small
         axes.grid(alpha=0.3, axis="x", which="both")
-    return drawn
+    return figure
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
     python -m benchmarks.time_to_quality --times
     python -m benchmarks.time_to_quality --quick
 
-Ours is ``train_ensemble`` with a file of ``configs/``, all 7 members at once. A published recipe (a file of
-``configs/published/``) is trained by the plain loop (``plain_loop.py``), of which one member stands for seven: that
-would take a day. The same whole trajectories are held out from all. What an epoch gives and what it takes are measured
-apart: errors in trainings that may stop, go on from their last epoch when the command is given again, and share the
-machine with others; times on a machine that does nothing else, of all recipes in turn, with all seven members, as
-parts of an epoch (``--times``). Epochs of ours whose products round their operands (``reduced_precision``) take less
-time than others, which are timed as ``full``.
+A recipe of ours is a file of ``configs/``, trained by ``train_ensemble``, all 7 members at once. A published recipe is
+a file of ``configs/published/``, trained by the plain loop (``plain_loop.py``); only one of its members is, since seven
+would take a day. The same whole trajectories are held out from all.
+
+Errors and times are measured apart. Trainings give the errors of each epoch; they may be stopped, go on from their last
+epoch when the command is given again, and may share the machine with others. ``--times`` measures what an epoch of
+seven members takes, on a machine that does nothing else: parts of an epoch, of all recipes in turn. Epochs of ours
+whose products round their operands (``reduced_precision``) take less time than the others, which are timed as ``full``.
 
 The hopper data, 200,000 transitions, are made by
 
@@ -23,46 +24,42 @@ The hopper data, 200,000 transitions, are made by
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import harness
 from benchmarks.plain_loop import PlainMember, plain_member, train_steps, training_flops
+from benchmarks.prepare import DATA, Prepared, prepare
 from cli import exit_on_input_error
 from config import LearnConfig, load_config
 from data.sources import load_dataset
-from data.trajectories import Dataset, gather_transitions, split_trajectories
-from dynamics_model import DynamicsEnsemble, NormalisedRows
-from tracking.trackers import NullTracker
-from training.batches import draw_order
-from training.build import build_ensemble
+from data.trajectories import Dataset
+from reporting.page import markdown_table
+from training.batches import NormalisedRows, draw_order
 from training.hardware import reduced_epochs
 from training.loop import train_ensemble
 from training.optimisation import learning_rate
 from utils import atomic_write
 
 SOURCES = {"ours": "configs", "published": "configs/published"}
-NAMES = [f"{environment}_{kind}" for environment in ("hopper", "halfcheetah") for kind in ("dnn", "pnn")]
+NAMES = [f"{environment}_{kind}" for environment in DATA for kind in ("dnn", "pnn")]
 RECIPES = [f"{source}/{name}" for source in SOURCES for name in NAMES]
-DATA = {"hopper": "logs/hopper-200k.hdf5", "halfcheetah": "halfcheetah-medium-demo"}
-HOLDOUT_RATIO = 0.2
+QUICK_RECIPES = [recipe for recipe in RECIPES if "hopper" in recipe]
 MEMBERS = 7
 TARGETS = (1.1, 1.0, 0.9)  # of the published recipe's best validation error
 EPOCH_PARTS = 16  # of which one is timed
-
-
-class TimeIsUp(Exception):  # noqa: N818 - no error
-    """Ends a training for now; it goes on from its last epoch."""
+_ENDLESS = 10**6  # epochs, more than are ever timed
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,9 @@ class Run:
     dataset: Dataset
 
     @cached_property
-    def rows(self) -> tuple[DynamicsEnsemble, NormalisedRows, NormalisedRows]:
-        """The untrained ensemble, its training rows and its held-out rows."""
-        split = split_trajectories(self.dataset, split_seed=0, holdout_ratio=HOLDOUT_RATIO)
-        transitions = gather_transitions(self.dataset, split.train)
-        ensemble = build_ensemble(self.config, transitions)
-        holdout = gather_transitions(self.dataset, split.holdout)
-        return ensemble, ensemble.normalise(transitions), ensemble.normalise(holdout)
+    def prepared(self) -> Prepared:
+        """What it trains."""
+        return prepare(self.config, self.dataset)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -98,50 +91,42 @@ class Run:
         """Whether the plain loop trains it."""
         return self.recipe.startswith("published")
 
-    def is_reduced(self, epoch: int) -> bool:
-        """Whether the products of an epoch, counted from 1, rounded their operands."""
-        return not self.is_published and epoch <= reduced_epochs(self.config, is_cuda=False)
+    @property
+    def rounded_epochs(self) -> int:
+        """For how many epochs, from the first, its products round their operands."""
+        return 0 if self.is_published else reduced_epochs(self.config, is_cuda=False)
 
     @property
     def epoch_flops(self) -> int:
-        """Matrix-multiply FLOPs of an epoch of seven members."""
-        _, train, _ = self.rows
-        outputs = train.targets.shape[1] * (2 if self.config.probabilistic else 1)
-        sizes = (train.inputs.shape[1], *self.config.hidden_size, outputs)
+        """FLOPs of the matrix products of an epoch of seven members."""
+        ensemble, train, _ = self.prepared
+        sizes = (train.inputs.shape[1], *self.config.hidden_size, ensemble.heads * ensemble.learned_dim)
         return MEMBERS * len(train.inputs) * training_flops(sizes)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains what is missing, then draws the table and the figure."""
+    """Trains or times what is missing, then makes the tables and the figure."""
     args = parse_arguments(argv)
-    study = harness.open_study("time_to_quality", args.quick, is_timed=False)
-    times = harness.Study("epoch_times", study.folder)
+    results = harness.open_results("time_to_quality", args.quick, is_timed=False)
+    times = harness.ResultsFile("epoch_times", results.folder)
     if not args.tables:
         deadline = time.monotonic() + 60 * args.minutes
         torch.set_num_threads(args.threads)
         with exit_on_input_error():
             runs = planned_runs(args)
         if args.times or args.quick:
-            time_epochs(times, runs, *((2, 0.1) if args.quick else (7, 2)))
+            time_epochs(times, runs, *((2, 0) if args.quick else (7, 2)))
         if not args.times:
-            try:
-                for run in runs:
-                    train(study, run, deadline)
-            except TimeIsUp:
+            has_time = all(train(results, run, deadline) for run in runs)
+            if not has_time:
                 print("time is up; the same command goes on from here", file=sys.stderr)
-    timed = times.rows()
-    if timed.empty:
-        print("epochs have not been timed yet: on an idle machine, --times", file=sys.stderr)
-        return
-    table = with_seconds(study.shown(), timed)
-    study.save_figure(figure(table))
-    study.write_table(tables(table, timed))
+    publish(results, times)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.command_line(__doc__)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="what to train (all)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="what to train (all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of ours (0 1 2)")
     parser.add_argument("--published_seeds", nargs="+", type=int, default=[0], help="seeds of published recipes (0)")
     parser.add_argument(
@@ -159,6 +144,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for entry in args.data:
         if entry.partition("=")[0] not in DATA or not entry.partition("=")[2]:
             parser.error(f"--data got {entry!r}; expected hopper=DATASET or halfcheetah=DATASET")
+    args.recipes = args.recipes or (QUICK_RECIPES if args.quick else RECIPES)
     return args
 
 
@@ -174,7 +160,7 @@ def planned_runs(args: argparse.Namespace) -> list[Run]:
         seeds = args.published_seeds if source == "published" else args.seeds
         if args.quick:
             path, seeds = "hopper-random-demo", seeds[:2]
-            config = dataclasses.replace(config, fit_epochs=5, hidden_size=(16,), batch_size=512)
+            config = dataclasses.replace(config, fit_epochs=3, hidden_size=(16,), batch_size=4096)
         dataset = datasets[path] = datasets.get(path) or load_dataset(path, quiet=True)
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, ensemble_size=1 if source == "published" else MEMBERS)
@@ -185,130 +171,130 @@ def planned_runs(args: argparse.Namespace) -> list[Run]:
 # --- Training, epoch by epoch ---
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What an epoch gave, whichever loop trained.
+
+    Attributes:
+        val_mse: Validation error of each member.
+        nll: Validation likelihood of each member in nats, NaN for point predictions.
+        checkpoint: What training goes on from.
+    """
+
+    val_mse: list[float]
+    nll: list[float]
+    checkpoint: dict[str, Any]
+
+
 class Progress:
-    """What a run has measured: a row per epoch in the CSV, and a checkpoint from which it goes on."""
+    """What a run has measured: a row per epoch in the CSV, and a checkpoint from which it goes on.
 
-    def __init__(self, study: harness.Study, run: Run, deadline: float) -> None:
-        self._study = study
+    Attributes:
+        epoch: Epochs done.
+        training: What training goes on from; None at the start.
+    """
+
+    def __init__(self, results: harness.ResultsFile, run: Run) -> None:
+        self._results = results
         self._run = run
-        self._deadline = deadline
-        folder = harness.ROOT / "logs" if study.folder == harness.FOLDER else study.folder
+        folder = harness.ROOT / "logs" if results.folder == harness.FOLDER else results.folder
         self._path = folder / "time_to_quality" / f"{'-'.join(map(str, run.key.values())).replace('/', '-')}.checkpoint"
-        unscored = [[math.inf, math.nan]] * run.config.ensemble_size
-        self._state: dict[str, Any] = {"epoch": 0, "kept": unscored, "row": None, "training": None}
-        if not self.is_finished and not self._path.exists():
-            study.discard(**run.key)  # what was begun on a machine whose checkpoint is not here
+        self.epoch, self.training = 0, None
+        self._kept = [(math.inf, math.nan)] * run.config.ensemble_size  # error and likelihood of each member
         if self._path.exists():
-            self._state = torch.load(self._path, weights_only=True)
-            if len(study.finished(**run.key)) < self.epoch:  # stopped between checkpoint and CSV
-                study.append([self._state["row"]])
-
-    @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return self._state["epoch"]
-
-    @property
-    def training(self) -> dict[str, Any] | None:
-        """What training goes on from; None at the start."""
-        return self._state["training"]
+            state = torch.load(self._path, weights_only=True)
+            self.epoch, self.training, self._kept = state["epoch"], state["training"], state["kept"]
+            if len(results.finished(**run.key)) < self.epoch:  # killed between checkpoint and CSV
+                results.append([state["row"]])
+        elif not self.is_finished:
+            results.discard(**run.key)  # begun on a machine whose checkpoint is not here
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing to train."""
-        return not self._study.finished(**self._run.key, is_last=True).empty
+        """Whether there is nothing left to train."""
+        return not self._results.finished(**self._run.key, is_last=True).empty
 
-    def add_epoch(self, scores: list[list[float]], training: dict[str, Any], is_last: bool) -> None:
-        """Takes what an epoch gave.
+    def add_epoch(self, scored: Scored) -> None:
+        """Adds an epoch.
 
-        Args:
-            scores: Validation error and likelihood (or NaN) of each member.
-            training: What training goes on from.
-            is_last: Whether training ends here.
-
-        Raises:
-            TimeIsUp: If this invocation has had its minutes.
+        Its row has the columns of ``Run.key``; ``epoch``, counted from 1; ``tflop`` spent up to its end;
+        ``is_reduced``, whether its products rounded their operands; ``val_mse`` and ``nll``, means over members;
+        ``kept_mse`` and ``kept_nll``, the same of the weights that each member keeps so far, those of its lowest
+        validation error, with ``kept_mse_low`` and ``kept_mse_high``, the best and the worst member; ``is_last``.
         """
-        epoch = self.epoch + 1
-        # Each member keeps the weights of its lowest validation error; a likelihood counts where it belongs to them.
-        kept = [min(best, new, key=lambda pair: pair[0]) for best, new in zip(self._state["kept"], scores, strict=True)]
-        errors = [error for error, _ in kept]
+        self.epoch, self.training = self.epoch + 1, scored.checkpoint
+        latest = zip(scored.val_mse, scored.nll, strict=True)
+        self._kept = [min(kept, new, key=lambda pair: pair[0]) for kept, new in zip(self._kept, latest, strict=True)]
+        errors, likelihoods = zip(*self._kept, strict=True)
+        is_last = self.epoch == self._run.config.fit_epochs
         row = self._run.key | {
-            "epoch": epoch,
-            "tflop": epoch * self._run.epoch_flops / 1e12,
-            "is_reduced": self._run.is_reduced(epoch),
-            "val_mse": mean([error for error, _ in scores]),
-            "nll": mean([nll for _, nll in scores]),
-            "kept_mse": mean(errors),
+            "epoch": self.epoch,
+            "tflop": self.epoch * self._run.epoch_flops / 1e12,
+            "is_reduced": self.epoch <= self._run.rounded_epochs,
+            "val_mse": fmean(scored.val_mse),
+            "nll": fmean(scored.nll),
+            "kept_mse": fmean(errors),
             "kept_mse_low": min(errors),
             "kept_mse_high": max(errors),
-            "kept_nll": mean([nll for _, nll in kept]),
+            "kept_nll": fmean(likelihoods),
             "is_last": is_last,
         }
-        self._state = {"epoch": epoch, "kept": kept, "row": row, "training": training}
         with atomic_write(self._path) as file:
-            torch.save(self._state, file)
-        self._study.append([row])
+            torch.save({"epoch": self.epoch, "kept": self._kept, "row": row, "training": self.training}, file)
+        self._results.append([row])
         if is_last:
             self._path.unlink()
-        elif time.monotonic() > self._deadline:
-            raise TimeIsUp
 
 
-def mean(values: list[float]) -> float:
-    """Returns the mean of numbers."""
-    return sum(values) / len(values)
+def train(results: harness.ResultsFile, run: Run, deadline: float) -> bool:
+    """Trains a run from its last epoch on, until its end or the deadline (of ``time.monotonic``).
+
+    Returns:
+        Whether it has come to its end.
+    """
+    progress = Progress(results, run)
+    if progress.is_finished:
+        return True
+    print(f"{run.recipe}, seed {run.config.seed}: {progress.epoch} of {run.config.fit_epochs} epochs are done")
+    epochs = train_published if run.is_published else train_ours
+    for scored in epochs(run, progress.training):
+        progress.add_epoch(scored)
+        if time.monotonic() > deadline and not progress.is_finished:
+            return False
+    return True
 
 
-def train(study: harness.Study, run: Run, deadline: float) -> None:
-    """Trains a run from its last epoch to its end."""
-    progress = Progress(study, run, deadline)
-    if not progress.is_finished:
-        print(f"{run.recipe}, seed {run.config.seed}: {progress.epoch} of {run.config.fit_epochs} epochs are done")
-        (train_published if run.is_published else train_ours)(run, progress)
-
-
-def train_ours(run: Run, progress: Progress) -> None:
+def train_ours(run: Run, checkpoint: dict[str, Any] | None) -> Iterator[Scored]:
     """Trains with the product's loop, all members at once."""
-    ensemble, train, holdout = run.rows
-
-    class Scores(NullTracker):
-        """Remembers an epoch's scores until its checkpoint comes."""
-
-        def log_epoch(self, epoch: int, rows: list[dict[str, Any]]) -> None:
-            """Takes validation error and likelihood of each member."""
-            self.latest = [[row["val_mse"], math.nan if row["nll"] is None else row["nll"]] for row in rows]
-
-    scores = Scores()
-
-    def save(checkpoint: dict[str, Any]) -> None:
-        patience, waited = run.config.patience, checkpoint["best"]["epochs_since_best"]
-        has_stopped = patience is not None and min(waited) >= patience
-        progress.add_epoch(scores.latest, checkpoint, checkpoint["epochs"] == run.config.fit_epochs or has_stopped)
-
-    train_ensemble(ensemble, run.config, train, holdout, scores, False, progress.training, save)
+    ensemble, train, holdout = run.prepared
+    for epoch in train_ensemble(ensemble, run.config, train, holdout, score_every=None, checkpoint=checkpoint):
+        nll = epoch.holdout_scores.get("nll", [math.nan] * len(ensemble))
+        yield Scored(epoch.holdout_scores["mse"], nll, epoch.checkpoint())
 
 
-def train_published(run: Run, progress: Progress) -> None:
-    """Trains one member with the plain loop; the learning rate moves between epochs, as published."""
-    ensemble, train, holdout = run.rows
-    member = plain_member(run.config, ensemble.network)
+def train_published(run: Run, checkpoint: dict[str, Any] | None) -> Iterator[Scored]:
+    """Trains one member with the plain loop; the learning rate changes between epochs, as published."""
+    ensemble, train, holdout = run.prepared
+    member = plain_member(run.config, ensemble)
     optimizer = torch.optim.Adam(member.parameters(), lr=run.config.fit_lr)
-    if progress.training is not None:
-        member.load_state_dict(progress.training["member"])
-        optimizer.load_state_dict(progress.training["optimizer"])
-    for epoch in range(progress.epoch, run.config.fit_epochs):
+    begin = 0
+    if checkpoint is not None:
+        begin = checkpoint["epochs"]
+        member.load_state_dict(checkpoint["member"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    for epoch in range(begin, run.config.fit_epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.config, epoch)
         order = draw_order(run.config.seed, 1, len(train.inputs), epoch)[0]
         train_steps(member, optimizer, train, order, run.config.batch_size)
-        state = {"member": member.state_dict(), "optimizer": optimizer.state_dict()}
-        progress.add_epoch([score(member, holdout)], state, is_last=epoch + 1 == run.config.fit_epochs)
+        mse, nll = score(member, holdout)
+        state = {"epochs": epoch + 1, "member": member.state_dict(), "optimizer": optimizer.state_dict()}
+        yield Scored([mse], [nll], state)
 
 
 @torch.no_grad()
-def score(member: PlainMember, rows: NormalisedRows) -> list[float]:
-    """Returns mean squared error and Gaussian likelihood (NaN for point predictions) as the product defines them."""
+def score(member: PlainMember, rows: NormalisedRows) -> tuple[float, float]:
+    """Returns mean squared error and Gaussian likelihood (NaN for point predictions), as the product defines them."""
     squared_error, nll = 0.0, 0.0
     for chunk in rows.chunks(4096):
         predicted, log_variance = member(chunk.inputs)
@@ -318,20 +304,17 @@ def score(member: PlainMember, rows: NormalisedRows) -> list[float]:
             terms = 0.5 * (error / log_variance.exp() + log_variance + math.log(2 * math.pi))
             nll += terms.mean(dim=-1).double().sum().item()
     count = len(rows.inputs)
-    return [squared_error / count, math.nan if log_variance is None else nll / count]
+    return squared_error / count, math.nan if log_variance is None else nll / count
 
 
 # --- What an epoch takes ---
 
 
-class EpochIsOver(Exception):  # noqa: N818 - no error
-    """Ends a training of which one epoch was wanted."""
+def time_epochs(times: harness.ResultsFile, runs: list[Run], rounds: int, seconds: float) -> None:
+    """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring of the holdout included.
 
-
-def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: float) -> None:
-    """Times, for each environment and kind, a part of an epoch of its recipes in turn, scoring included.
-
-    Epochs of ours in full precision are a recipe of their own, ``full/NAME``.
+    Adds a row per recipe and round: ``recipe``, epochs of ours in full precision being one of their own, ``full/NAME``;
+    ``data``, the dataset's checksum; ``threads``; and the columns of ``harness.in_turn``, ``ms`` being those of a part.
     """
     for name in NAMES:
         of_name = {run.recipe: run for run in runs if run.recipe in (f"ours/{name}", f"published/{name}")}
@@ -348,46 +331,57 @@ def time_epochs(times: harness.Study, runs: list[Run], rounds: int, seconds: flo
         )
 
 
-def epoch_part(run: Run) -> Callable[[], None]:
+def epoch_part(run: Run) -> Callable[[], object]:
     """Returns a function that trains seven members on a share of the rows, and scores the same share of the holdout."""
-    precision = float(run.config.reduced_precision > 0)
-    config = dataclasses.replace(run.config, ensemble_size=MEMBERS, fit_epochs=3, reduced_precision=precision)
-    ensemble, *rows = dataclasses.replace(run, config=config).rows
+    precision = float(run.config.reduced_precision > 0)  # of every epoch, rather than of the first
+    config = dataclasses.replace(run.config, ensemble_size=MEMBERS, fit_epochs=_ENDLESS, reduced_precision=precision)
+    ensemble, *rows = prepare(config, run.dataset)
     train, holdout = (next(part.chunks(math.ceil(len(part.inputs) / EPOCH_PARTS))) for part in rows)
     if run.is_published:
-        members = [plain_member(config, ensemble.network, member) for member in range(MEMBERS)]
-        pairs = [(member, torch.optim.Adam(member.parameters(), lr=config.fit_lr)) for member in members]
-        order = draw_order(0, 1, len(train.inputs), epoch=0)[0]
-
-        def plain_part() -> None:
-            for member, optimizer in pairs:
-                train_steps(member, optimizer, train, order, config.batch_size)
-                score(member, holdout)
-
-        return plain_part
-
-    saved: list[dict[str, Any]] = []
-
-    def save(checkpoint: dict[str, Any]) -> None:
-        saved[:] = [checkpoint]
-        raise EpochIsOver
-
-    def part() -> None:  # the second epoch of three: the first and the last score training rows, too
-        with contextlib.suppress(EpochIsOver):
-            train_ensemble(ensemble, config, train, holdout, NullTracker(), False, saved[0] | {"epochs": 1}, save)
-
-    with contextlib.suppress(EpochIsOver):
-        train_ensemble(ensemble, config, train, holdout, NullTracker(), False, None, save)
-    return part
+        members = [plain_member(config, ensemble, member) for member in range(MEMBERS)]
+        return partial(next, plain_epochs(members, config, train, holdout))
+    return partial(next, train_ensemble(ensemble, config, train, holdout, score_every=None))
 
 
-# --- The table and the figure ---
+def plain_epochs(
+    members: list[PlainMember], config: LearnConfig, train: NormalisedRows, holdout: NormalisedRows
+) -> Iterator[None]:
+    """Trains plain members for epochs without end, and scores the holdout after each."""
+    optimizers = [torch.optim.Adam(member.parameters(), lr=config.fit_lr) for member in members]
+    order = draw_order(0, 1, len(train.inputs), epoch=0)[0]
+    while True:
+        for member, optimizer in zip(members, optimizers, strict=True):
+            train_steps(member, optimizer, train, order, config.batch_size)
+            score(member, holdout)
+        yield
+
+
+# --- The tables and the figure ---
+
+
+def publish(results: harness.ResultsFile, times: harness.ResultsFile) -> None:
+    """Makes tables and figure, once epochs have been timed."""
+    timed = times.rows()
+    if timed.empty:
+        print("epochs have not been timed yet: on an idle machine, --times", file=sys.stderr)
+        return
+    rows = with_seconds(results.rows_to_show(), timed)
+    results.publish(tables(rows, timed), draw(rows))
 
 
 def with_seconds(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
-    """Returns epochs with the name of their recipe and the wall time up to their end on the machine of the times."""
+    """Adds to each epoch what it took on the machine that was timed; drops those on other data than the last.
+
+    Args:
+        rows: The epochs, as ``Progress.add_epoch`` writes them.
+        timed: Parts of epochs, as ``time_epochs`` writes them.
+
+    Returns:
+        The epochs with ``name``, the recipe without its source; ``timed``, the recipe whose time they took;
+        ``epoch_seconds``; and ``seconds``, the wall time from the start to their end.
+    """
     rows = rows.assign(name=rows["recipe"].str.partition("/")[2])
-    rows = rows[rows["data"] == rows.groupby("name")["data"].transform("last")]  # what was trained on last
+    rows = rows[rows["data"] == rows.groupby("name")["data"].transform("last")]
     per_epoch = timed.groupby(["recipe", "data"])["ms"].median() * EPOCH_PARTS / 1e3
     kind_of_epoch = rows["is_reduced"].map({True: "ours/", False: "full/"}) + rows["name"]
     rows = rows.assign(timed=rows["recipe"].where(rows["recipe"].str.startswith("published/"), kind_of_epoch))
@@ -396,17 +390,24 @@ def with_seconds(rows: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
-    """Returns a table per environment and kind: the published schedule, and when ours reaches its best error."""
+    """Returns the tables of each environment and kind, and that of the times.
+
+    Args:
+        rows: What ``with_seconds`` returns.
+        timed: What ``time_epochs`` wrote.
+    """
     threads = harness.count(int(timed["threads"].iloc[-1]), "thread")
     text = [
-        "Validation MSE in normalised units and NLL in nats, on whole trajectories that are held out; ours: means over "
-        "members, each with the weights that it keeps (in brackets the best and the worst member). Minutes: the "
-        "wall time of so many epochs of 7 members, scoring of the holdout included, which was measured in turn "
-        f"({threads}; last table). Target: the best validation error in the whole published schedule, of one member, "
-        "and the likelihood of the same weights (its lowest one is that of other weights, with a worse error); "
-        "ours: median over seeds, and range. x: wall time of that whole schedule divided by ours up to the target; in "
-        "brackets, of the schedule up to its best epoch. Of ours, the first 80 % of the epochs round products where "
-        "the processor has AMX; `full`, in the last table, are epochs that do not."
+        "Validation MSE in normalised units and NLL in nats, on held-out trajectories. Ours: means over members, each "
+        "with the weights that it keeps, those of its lowest validation error (in brackets the best and the worst "
+        "member). Minutes: wall time of 7 members, scoring of the holdout included; an epoch's was measured in turn "
+        f"with those of the other recipes ({threads}; last table).",
+        "Targets: the best validation error in the whole published schedule, of one member, and the likelihood of the "
+        "same weights (the schedule's lowest likelihood belongs to other weights, with a larger error). Minutes: until "
+        "ours is there, median over seeds and range. x: wall time of the whole published schedule divided by these "
+        "minutes; in brackets, of the schedule up to its best epoch.",
+        "In the first 80 % of our epochs products round their operands if the processor has AMX; `full`, in the last "
+        "table, are epochs of ours in which they do not.",
     ]
     for name in rows["name"].unique():
         of_name = rows[rows["name"] == name]
@@ -417,16 +418,20 @@ def tables(rows: pd.DataFrame, timed: pd.DataFrame) -> str:
 
 
 def times_table(timed: pd.DataFrame) -> str:
-    """Returns what an epoch takes, by recipe, and what part of the published one that is."""
+    """Returns a line per recipe: seconds that an epoch takes, and what share of a published epoch's they are."""
     timed = timed.assign(seconds=timed["ms"] * EPOCH_PARTS / 1e3)
     timed["arm"], timed["name"] = timed["recipe"].str.partition("/")[0], timed["recipe"].str.partition("/")[2]
     summary = harness.compare(timed, ["name"], "published", "seconds")
     lines = [[name, arm, harness.spread(row), f"{row['ratio']:.2f}"] for (name, arm), row in summary.iterrows()]
-    return harness.markdown(["", "recipe", "seconds", "of the published one"], lines)
+    return markdown_table(["", "recipe", "seconds", "of the published one"], lines)
 
 
 def recipe_table(published: pd.DataFrame, ours: pd.DataFrame) -> str:
-    """Returns the lines of one environment and kind."""
+    """Returns the tables of one environment and kind.
+
+    The first has a line for the published recipe and one per seed of ours: epochs, TFLOP and minutes so far, and the
+    errors reached. The second, once both have come to their end, is that of ``target_lines``.
+    """
     lines = []
     if not published.empty:
         end = published.iloc[-1]
@@ -439,10 +444,10 @@ def recipe_table(published: pd.DataFrame, ours: pd.DataFrame) -> str:
         error = f"{end['kept_mse']:.5f} ({end['kept_mse_low']:.5f}–{end['kept_mse_high']:.5f})"  # noqa: RUF001
         state = "" if end["is_last"] else " so far"
         lines.append([f"ours, seed {seed}{state}", *effort(end), error, number(end["kept_nll"], ".3f")])
-    table = harness.markdown(["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"], lines)
+    table = markdown_table(["", "epochs", "TFLOP", "minutes", "validation MSE", "NLL"], lines)
     if published.empty or finished(ours).empty:
         return table
-    return table + "\n\n" + harness.markdown(["target", "minutes", "x"], target_lines(published, finished(ours)))
+    return table + "\n\n" + markdown_table(["target", "minutes", "x"], target_lines(published, finished(ours)))
 
 
 def finished(rows: pd.DataFrame) -> pd.DataFrame:
@@ -451,7 +456,7 @@ def finished(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def target_lines(published: pd.DataFrame, ours: pd.DataFrame) -> list[list[str]]:
-    """Returns a line per target: when ours reaches it, and how much sooner than the published recipe."""
+    """Returns a line per target: minutes in which ours reaches it, and the published recipe's as a multiple of them."""
     best = published.loc[published["val_mse"].idxmin()]
     goals = {}
     for factor in TARGETS:
@@ -486,11 +491,11 @@ def number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
-def figure(rows: pd.DataFrame) -> Any:
+def draw(rows: pd.DataFrame) -> Figure:
     """Draws validation error against wall time, and below against FLOPs, a column per environment and kind."""
     names = list(rows["name"].unique())
-    drawn = harness.new_figure(columns=len(names), lines=2)
-    panels = drawn.subplots(2, len(names), squeeze=False)
+    figure = harness.new_figure(columns=len(names), lines=2)
+    panels = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
         for source, color in (("published", "tab:orange"), ("ours", "tab:blue")):
             for seed, run in rows[rows["recipe"] == f"{source}/{name}"].groupby("seed"):
@@ -502,7 +507,7 @@ def figure(rows: pd.DataFrame) -> Any:
             axes.set(xscale="log", yscale="log", ylabel="validation MSE of the best weights so far")
             axes.grid(alpha=0.3, which="both")
     panels[0, 0].legend(fontsize="x-small")
-    return drawn
+    return figure
 
 
 if __name__ == "__main__":
