@@ -1,23 +1,15 @@
 import json
+import os
 
 import pandas as pd
-import pytest
 from mlflow.tracking import MlflowClient
 
 from study.store import CellStore
 from study.tracker import open_study, study_command
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    """The address of a tracking store."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-def test_mlflow_has_one_run_per_cell_under_the_studys(tmp_path, monkeypatch, uri, make_cell, make_result):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.chdir(tmp_path)  # where artifacts go
-    store = CellStore(tmp_path / "first")
+def test_mlflow_has_one_run_per_cell_under_the_studys(workplace, make_cell, make_result):
+    store = CellStore(workplace / "first")
     tracker = open_study(store, "python compare_models.py --seeds 2", {"seeds": 2})
     done, failed = make_cell("gauss", seed=1, probabilistic=True), make_cell("wild")
     curve = pd.DataFrame({"step": [0, 0, 1, 1], "model_id": [0, 1, 0, 1], "val_mse": [4.0, 2.0, 1.0, 0.5]})
@@ -25,13 +17,13 @@ def test_mlflow_has_one_run_per_cell_under_the_studys(tmp_path, monkeypatch, uri
     tracker.log(failed, make_result(failed, failure="diverged"))
 
     again = open_study(store, "python compare_models.py --seeds 3", {"seeds": 3})
-    assert again.run_id == tracker.run_id == json.loads((tmp_path / "first/study.json").read_text())["mlflow_run_id"]
+    assert again.run_id == tracker.run_id == json.loads((store.folder / "study.json").read_text())["mlflow_run_id"]
     assert study_command(store.folder) == "python compare_models.py --seeds 3"
     again.log(done, make_result(done, metrics={"nrmse": 0.5}))  # it is there already
-    (tmp_path / "report.html").write_text("report")
-    again.finish([tmp_path / "report.html"])
+    (store.folder / "report.html").write_text("report")
+    again.finish([store.folder / "report.html"])
 
-    client = MlflowClient(uri)
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     parent = client.get_run(tracker.run_id)
     assert (parent.info.run_name, parent.info.status, parent.data.params["seeds"]) == ("first", "FINISHED", "2")
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["report.html"]
