@@ -1,8 +1,8 @@
 """Trajectories and transitions in memory; splits by whole trajectory.
 
 Letters in shapes: ``T`` rows of one trajectory, ``N`` rows of several. All arrays are in raw units and float32, except
-that states are float64 in a dataset of which float32 would lose something. A row is one time step: the state, the action
-taken in it and, where the file has them, the reward for it and the state that followed.
+that states are float64 in a dataset of which float32 would lose something. A row is one time step: the state, the
+action taken in it and, where the file has them, the reward for it and the state that followed.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Dataset:
         sha256: Digest of the source file's bytes; for a Minari dataset, of its arrays.
         trajectories: In the file's order, at least one of them with a transition.
         findings: What was found while reading.
-        parts: Where it was joined from several, those datasets, whose trajectories follow each other in this order; else
-            empty.
+        parts: The datasets that it was joined from, whose trajectories follow each other in this order; empty where it is
+            one dataset.
     """
 
     name: str
