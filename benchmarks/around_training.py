@@ -162,10 +162,10 @@ def memory_peaks(command: list[str | Path]) -> list[dict[str, Any]]:
 
 
 def peaks_at(moments: dict[str, str], command: list[str | Path]) -> dict[str, float]:
-    """Runs a command in a folder of its own, and ends it when it has come to the last of some moments.
+    """Runs a command in a folder of its own until it has come to all of some moments, and then ends it.
 
     Args:
-        moments: Text that the command prints to standard error at each moment, by name and in order.
+        moments: What the command prints to standard error at each moment, by the moment's name.
         command: The command.
 
     Returns:
@@ -304,7 +304,7 @@ def model(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
 
 
 def growth(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
-    """Times the product's steps against members and width, and what an epoch costs besides against rows."""
+    """Times the product's steps against members and width, and the drawing of an epoch's order against rows."""
     members, widths, counts = (1, 2, 4, 7, 14, 28), (64, 128, 256, 512, 1024), (10_000, 100_000, 1_000_000)
     usual = Case("probabilistic", "4x200", batch=256, size="hopper", threads=1, rounds=5)
     if quick:
@@ -321,9 +321,11 @@ def growth(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
 
 
 def step_times(case: Case) -> list[dict[str, Any]]:
-    """Runs the product's training for some rounds of steps; the first round is a warm-up."""
+    """Runs the product's training for some rounds of steps, after one that is a warm-up."""
+    before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
-    rounds = itertools.islice(time_rounds("ours", case), 1, 1 + case.rounds)
+    rounds = list(itertools.islice(time_rounds("ours", case), 1, 1 + case.rounds))
+    torch.set_num_threads(before)
     return [{"arm": "step", "round": index, **measured} for index, measured in enumerate(rounds)]
 
 
