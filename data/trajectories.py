@@ -26,6 +26,8 @@ class Trajectory:
         terminated: Whether the last row ended in a terminal state, not at a time limit or the file's end.
         qpos: Simulator positions, ``(T, positions)``; None unless asked for and in the file.
         qvel: Simulator velocities, ``(T, velocities)``; None unless asked for and in the file.
+        in_order: Whether each row follows the one before. Rows in no known order have next observations, and are kept
+            in groups that a split can divide.
     """
 
     observations: np.ndarray
@@ -35,6 +37,7 @@ class Trajectory:
     terminated: bool
     qpos: np.ndarray | None = None
     qvel: np.ndarray | None = None
+    in_order: bool = True
 
     def __len__(self) -> int:
         return len(self.observations)

@@ -82,10 +82,10 @@ def test_without_timeouts_episodes_are_cut_at_the_limit(tmp_path, columns, write
     content = columns([30, 250, 130], next_observations=False)
     del content["timeouts"]
     content["terminals"][-1] = False
-    # One terminal, after row 30. Steps are counted anew from there: 250 + 130 = 100 + 100 + 100 + 80.
+    # One terminal, after row 30. Steps are counted anew from there, and from the reset that the data show after 250.
     trajectories = read_columns(write_hdf5(tmp_path / "a.hdf5", content), limit=100)
-    assert lengths_of(trajectories) == [30, 100, 100, 100, 80]
-    assert [t.terminated for t in trajectories] == [True, False, False, False, False]
+    assert lengths_of(trajectories) == [30, 100, 100, 50, 100, 30]
+    assert [t.terminated for t in trajectories] == [True, False, False, False, False, False]
     assert capsys.readouterr().err == ""
 
 
