@@ -209,6 +209,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default=DATA["hopper"], help=f"the hopper data ({DATA['hopper']})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (PyTorch's own choice)")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.threads = 1  # networks this small gain nothing from a second one
     args.variants = args.variants or (QUICK_VARIANTS if args.quick else names)
     return args
 

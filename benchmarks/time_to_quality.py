@@ -144,6 +144,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for entry in args.data:
         if entry.partition("=")[0] not in DATA or not entry.partition("=")[2]:
             parser.error(f"--data got {entry!r}; expected hopper=DATASET or halfcheetah=DATASET")
+    if args.quick:
+        args.threads = 1  # networks this small gain nothing from a second one
     args.recipes = args.recipes or (QUICK_RECIPES if args.quick else RECIPES)
     return args
 
