@@ -49,14 +49,6 @@ class DeterministicEnsemble(DynamicsEnsemble):
         """One: all draws from a member are equal."""
         return 1
 
-    def _predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, None]:
-        mean, _ = self.predict_change(self.normalise_inputs(states, actions))
-        return self._next_states(states, mean), None
-
-    def _moments_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        mean, _ = self._predict_each(states, actions)
-        return mean, torch.zeros_like(mean)
-
 
 class DeterministicModel(DynamicsModel):
     """A member that predicts a point."""

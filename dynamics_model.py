@@ -1,18 +1,14 @@
 """Learned dynamics ``s' = f(s, a)``: an ensemble with its members stacked, and one member by itself.
 
-``DynamicsEnsemble`` holds E networks whose parameters carry a leading ensemble axis ``(ensemble, in, out)``, evaluated
-by batched matrix products. ``DynamicsModel``, one member, wraps an ensemble of one, so that the mathematics stands
-once. Both are abstract: a kind of ensemble is one file with a subclass of each (``deterministic_model.py``,
-``probabilistic_model.py``) and an entry in ``KINDS``.
+``DynamicsEnsemble`` stacks the parameters of E networks, ``(ensemble, in, out)``, and evaluates them by batched matrix
+products. ``DynamicsModel``, one member, wraps an ensemble of one. A kind of ensemble is one file with a subclass of
+each (``deterministic_model.py``, ``probabilistic_model.py``) and an entry in ``KINDS``. These files import PyTorch,
+NumPy and each other only: a repository that loads ``model.pkl`` needs nothing else.
 
-Shapes are given in words: ``state_dim``, ``action_dim``; ``(ensemble, batch, ...)`` for stacked arrays; ``...`` for any
-leading axes. Callers pass and get raw units; "normalised" means shifted by the mean and scaled by the mean absolute
-deviation of the training rows, of states, actions and of the change ``s' - s``, which is what networks predict.
-Dimensions of the change that are constant on the training rows are no outputs at all: they are predicted as that
-constant and left out of every loss and score in normalised units.
-
-This module and those of the kinds import PyTorch, NumPy and each other only: a repository that loads ``model.pkl``
-needs these files and nothing else.
+Shapes are given in words, ``...`` being any leading axes. Callers pass and get raw units; "normalised" means shifted by
+the mean and scaled by the mean absolute deviation of the training rows: of states, of actions and of the change
+``s' - s``, which is what networks predict. Dimensions whose change is constant on the training rows are no outputs:
+they are predicted as that constant and left out of every loss and score in normalised units.
 """
 
 from __future__ import annotations
@@ -31,19 +27,14 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 FORMAT_VERSION = 1
+CHUNK = 512  # rows of each member that are predicted at once
 VARIANCE_FLOOR = 1e-12  # raw units; the variance given for dimensions that are predicted exactly
-_ACTIVATIONS = {
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "elu": functional.elu,
-    "tanh": torch.tanh,
-}
+_ACTIVATIONS = {name: getattr(functional, name) for name in ("silu", "relu", "gelu", "elu")}
+_ACTIVATIONS |= {"swish": functional.silu, "tanh": torch.tanh}
 # The module of each kind of ensemble and the class of its members: what can be built, and all that model.pkl may name.
 KINDS = {
     "deterministic": ("deterministic_model", "DeterministicModel"),
@@ -55,8 +46,8 @@ Array = np.ndarray | Tensor
 Disagreement = Literal["max_pairwise", "ensemble_std", "max_aleatoric", "total_std"]
 DISAGREEMENTS: tuple[Disagreement, ...] = get_args(Disagreement)
 Propagation = Literal["ts1", "tsinf", "mean", "member"]
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function like ``stacked_linear``."""
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # a function like stacked_linear
+Predict = Callable[..., tuple[Tensor | None, ...]]  # of parts (ensemble, batch, dim), such as states and actions
 
 
 def member_class(kind: str) -> type[DynamicsModel]:
@@ -65,14 +56,14 @@ def member_class(kind: str) -> type[DynamicsModel]:
     return getattr(importlib.import_module(module), name)
 
 
-def random_stream(seed: int, member: int, purpose: str, epoch: int = 0) -> torch.Generator:
+def random_stream(seed: int, member: int, purpose: str, epoch: int = 0) -> Generator:
     """Returns the CPU random stream of one member and purpose, the same whatever else is drawn anywhere.
 
     A member's draws depend neither on how many members there are nor on their kind, so two kinds of ensemble can be
     compared member by member. The stream starts anew each epoch: a resumed run needs no generator's state.
     """
     entropy = np.random.SeedSequence((seed, member, _PURPOSES.index(purpose), epoch))
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 @dataclass(frozen=True)
@@ -89,23 +80,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Shift and scale of inputs, of the change ``s' - s`` and of the reward, as float32 tensors.
+    """Shift and scale, mean and mean absolute deviation of the training rows, as float32 tensors."""
 
-    Attributes:
-        input_shift: Mean of states and actions, ``(state_dim + action_dim,)``.
-        input_scale: Mean absolute deviation of the same; 1 where an input is constant.
-        delta_shift: Mean change, ``(state_dim,)``.
-        delta_scale: Mean absolute deviation of the change; 0 where the change is constant.
-        reward_shift: Mean reward, ``(1,)``.
-        reward_scale: Mean absolute deviation of the reward; 1 where it is constant.
-    """
-
-    input_shift: Tensor
-    input_scale: Tensor
-    delta_shift: Tensor
-    delta_scale: Tensor
-    reward_shift: Tensor
-    reward_scale: Tensor
+    input_shift: Tensor  # of states and actions, (state_dim + action_dim,)
+    input_scale: Tensor  # 1 where an input is constant
+    delta_shift: Tensor  # of the change s' - s, (state_dim,)
+    delta_scale: Tensor  # 0 where the change is constant
+    reward_shift: Tensor  # (1,)
+    reward_scale: Tensor  # 1 where the reward is constant
 
     @classmethod
     def names(cls) -> list[str]:
@@ -134,9 +116,6 @@ class StackedMLP(nn.Module):
         head_dim, heads: Outputs of a head, and how many heads put theirs one after the other.
         activation_fn, layer_norm: The activation of hidden layers, and whether they are normalised before it.
         generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
-
-    Attributes:
-        linear: What multiplies, ``stacked_linear`` unless training knows a faster function for its machine.
     """
 
     def __init__(
@@ -148,12 +127,12 @@ class StackedMLP(nn.Module):
         heads: int,
         activation_fn: str,
         layer_norm: bool,
-        generator: torch.Generator | None,
+        generator: Generator | None,
     ) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[activation_fn]
         self.layer_norm = layer_norm
-        self.linear: Linear = stacked_linear
+        self.linear: Linear = stacked_linear  # training may know a faster function for its machine
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         widths = [in_dim, *hidden_size]
         shapes = [(fan_in, fan_out, 1) for fan_in, fan_out in itertools.pairwise(widths)]
@@ -197,10 +176,12 @@ class DynamicsEnsemble(nn.Module):
         ensemble_size: Number of members, E.
         generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
         reward_generator: The same for the reward network, so that it is drawn apart from the kind's other weights.
-        seed: Seed of the streams that ``sample`` and ``rollout`` draw from.
+        seed: Seed of the ensemble's own streams, which ``sample`` and ``rollout`` draw from.
 
     Attributes:
         holdout_idx: Held-out rows, as members have them; None when nothing was held out.
+        metadata: What ``model.pkl`` says of itself; empty unless the ensemble was loaded from there.
+        elites: Indices of the members with the lowest validation errors, the best first; all members by default.
     """
 
     kind: ClassVar[str]  # as in KINDS
@@ -213,23 +194,24 @@ class DynamicsEnsemble(nn.Module):
         architecture: Architecture,
         normalisation: Normalisation,
         ensemble_size: int = 1,
-        generator: torch.Generator | None = None,
-        reward_generator: torch.Generator | None = None,
+        generator: Generator | None = None,
+        reward_generator: Generator | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.architecture = architecture
         self.state_dim, self.action_dim = architecture.state_dim, architecture.action_dim
         self.holdout_idx: np.ndarray | None = None
+        self.metadata: dict[str, Any] = {}
+        self.elites = list(range(ensemble_size))
         for name in Normalisation.names():
             self.register_buffer(name, getattr(normalisation, name).clone())
         learned = normalisation.delta_scale.nonzero().flatten()  # the state dimensions whose change varies
         self.register_buffer("learned", learned, persistent=False)
         self.learned_dim = len(learned)
         # For each state dimension, the output that predicts it (any, where the change is constant: its scale is 0).
-        output = torch.zeros(architecture.state_dim, dtype=torch.long)
-        output[learned] = torch.arange(self.learned_dim)
-        self.register_buffer("output_of_dim", output, persistent=False)
+        output = (normalisation.delta_scale != 0).cumsum(dim=0) - 1
+        self.register_buffer("output_of_dim", output.clamp(min=0), persistent=False)
         in_dim = architecture.state_dim + architecture.action_dim
         activation = (architecture.activation_fn, architecture.layer_norm)
         self.dynamics = StackedMLP(
@@ -240,16 +222,16 @@ class DynamicsEnsemble(nn.Module):
             self.reward = StackedMLP(
                 ensemble_size, in_dim + self.learned_dim, hidden_size, 1, 1, *activation, reward_generator
             )
+        self.seed = seed
         self._sampling = [random_stream(seed, member, "sampling") for member in range(ensemble_size)]
         self._propagation = random_stream(seed, 0, "propagation")
 
     # --- What a kind defines ---
 
     def interpret(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Splits outputs ``(ensemble, batch, heads * learned_dim)`` into the mean and the log-variance of the change.
+        """Splits outputs ``(ensemble, batch, heads * learned_dim)`` into mean and log-variance (None for a point).
 
-        Returns:
-            Both ``(ensemble, batch, learned_dim)``, normalised units; None for the log-variance of a point.
+        Both are ``(ensemble, batch, learned_dim)``, normalised units.
         """
         raise NotImplementedError
 
@@ -276,7 +258,7 @@ class DynamicsEnsemble(nn.Module):
         """Scores each value of predictions ``(...)``, normalised units: squared error, and likelihood in nats."""
         return {"mse": (mean - targets).square(), "nll": self.nll(targets, mean, log_variance)}
 
-    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    def noise(self, shape: Sequence[int], generator: Generator) -> Tensor:
         """Draws what a draw differs by from the mean, in standard deviations; on the CPU."""
         return torch.randn(shape, generator=generator)
 
@@ -313,6 +295,21 @@ class DynamicsEnsemble(nn.Module):
         ensemble.requires_grad_(next(first.parameters()).requires_grad)
         ensemble.holdout_idx = getattr(first, "holdout_idx", None)
         return ensemble
+
+    def select(self, indices: Sequence[int]) -> DynamicsEnsemble:
+        """Returns an ensemble of copies of some members, in the order given; a ValueError if there is no such member.
+
+        Its ``elites`` are those of this ensemble that are among them. Its random streams start anew.
+        """
+        indices = torch.as_tensor(indices).tolist()
+        if not indices or not set(indices) <= set(range(len(self))):
+            raise ValueError(f"members {indices} were asked for; expected some of 0 to {len(self) - 1}")
+        chosen = type(self)(self.architecture, self.normalisation, len(indices), seed=self.seed).to(self.device)
+        chosen.load_state_dict(self.state_dict() | {name: own[indices] for name, own in self.named_parameters()})
+        chosen.requires_grad_(next(self.parameters()).requires_grad)
+        chosen.holdout_idx, chosen.metadata = self.holdout_idx, self.metadata
+        chosen.elites = [indices.index(elite) for elite in self.elites if elite in indices]
+        return chosen
 
     def members(self) -> list[DynamicsModel]:
         """Returns the members, each with its own copy of its weights, on the CPU."""
@@ -364,46 +361,37 @@ class DynamicsEnsemble(nn.Module):
 
         Returns:
             Mean and variance (None for deterministic members), ``(ensemble, ..., state_dim)``.
-
-        Raises:
-            ValueError: If shapes do not fit.
         """
-        return self._with_every_member(self._predict_each, states, actions)
-
-    def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
-        """As ``predict``, but with rows of its own for each member: all ``(ensemble, batch, ...)``."""
-        return self._predict_each(*self._as_rows(states, actions))
-
-    def predict_members(self, states: Array, actions: Array, members: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``moments``, but each row with one member only, whose index is in ``members`` ``(...)``: all ``(...)``."""
-        states, actions = self._as_rows(states, actions)
-        rows, place = self._group_by_member(members.reshape(-1).cpu())
-        parts = (part.reshape(-1, part.shape[-1])[rows] for part in (states, actions))  # (ensemble, width, ...)
-        mean, variance = self._moments_each(*parts)
-        return tuple(part.flatten(0, 1)[place].reshape(states.shape) for part in (mean, variance))
+        return self._predict_rows(self._predict_each, (states, actions))
 
     def moments(self, states: Array, actions: Array) -> tuple[Tensor, Tensor]:
         """Returns what ``predict`` does, with a variance of 0 where that is None."""
-        return self._with_every_member(self._moments_each, states, actions)
+        return self._predict_rows(self._moments_each, (states, actions))
 
-    def predict_reward(self, states: Array, actions: Array, next_states: Array) -> Tensor:
-        """Predicts the reward with every member, raw units: ``(ensemble, ...)``; a ValueError if none was learned."""
+    def predict_members(self, states: Array, actions: Array, members: Array) -> tuple[Tensor, Tensor]:
+        """As ``moments``, but each row with one member only, whose index is in ``members`` ``(...)``: all ``(...)``."""
+        return self._predict_rows(self._moments_each, (states, actions), members)
+
+    def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
+        """As ``predict``, but with rows of its own for each member: all ``(ensemble, batch, ...)``."""
+        return self._in_chunks(self._predict_each, self._as_rows(states, actions))
+
+    def predict_reward(self, states: Array, actions: Array, next_states: Array, members: Array | None = None) -> Tensor:
+        """Predicts the reward with every member, ``(ensemble, ...)``, or each row's own, ``(...)``; raw units."""
         if self.reward is None:
             raise ValueError("this model learned no reward; train one with --params learn_reward=true")
-        states, actions, next_states = self._as_rows(states, actions, next_states)
-        change = (next_states - states - self.delta_shift)[..., self.learned] / self.delta_scale[self.learned]
-        inputs = torch.cat((self.normalise_inputs(states, actions), change), dim=-1)
-        flat = inputs.reshape(1, -1, inputs.shape[-1]).expand(len(self), -1, -1)
-        rewards = self.reward(flat) * self.reward_scale + self.reward_shift  # (ensemble, batch, 1)
-        return rewards.reshape(len(self), *states.shape[:-1])
+        return self._predict_rows(self._reward_each, (states, actions, next_states), members)[0].squeeze(-1)
 
     @torch.no_grad()
-    def sample(self, states: Array, actions: Array) -> Tensor:
-        """Draws one next state per row from every member, each from its own stream: ``(ensemble, ..., state_dim)``."""
-        members = zip(*self.moments(states, actions), self._sampling, strict=True)
+    def sample(self, states: Array, actions: Array, generator: Generator | None = None) -> Tensor:
+        """Draws from every member, ``(ensemble, ..., state_dim)``: from the generator, or each from its own stream."""
+        moments = self.moments(states, actions)
+        if generator is not None:
+            return self.draw(*moments, generator)
+        members = zip(*moments, self._sampling, strict=True)
         return torch.stack([self.draw(mean, variance, stream) for mean, variance, stream in members])
 
-    def draw(self, mean: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, mean: Tensor, variance: Tensor, generator: Generator) -> Tensor:
         """Draws from predictions with these moments, all ``(...)``; a point prediction is its own draw."""
         return mean + variance.sqrt() * self.noise(mean.shape, generator).to(mean.device)
 
@@ -420,10 +408,7 @@ class DynamicsEnsemble(nn.Module):
             normalised: Measure in units of the change's mean absolute deviation, over the dimensions that vary.
 
         Returns:
-            ``(...)``, raw units unless ``normalised``.
-
-        Raises:
-            ValueError: If the kind is unknown, or ``max_aleatoric`` is asked of deterministic members.
+            ``(...)``, raw units unless ``normalised``; a ValueError if the members have no such kind.
         """
         mean, variance = self.moments(states, actions)  # (ensemble, ..., state_dim)
         if normalised:
@@ -439,7 +424,7 @@ class DynamicsEnsemble(nn.Module):
         if kind not in self.disagreements:
             raise ValueError(f"{kind} needs probabilistic members; use max_pairwise or ensemble_std")
         if kind == "max_pairwise":
-            first, second = torch.triu_indices(len(mean), len(mean), device=mean.device)
+            first, second = torch.triu_indices(len(mean), len(mean), min(1, len(mean) - 1), device=mean.device)
             return (mean[first] - mean[second]).norm(dim=-1).amax(dim=0)
         if kind == "max_aleatoric":
             return variance.sum(dim=-1).sqrt().amax(dim=0)
@@ -449,7 +434,9 @@ class DynamicsEnsemble(nn.Module):
         return spread.sum(dim=-1).sqrt()
 
     @torch.no_grad()
-    def rollout(self, states: Array, actions: Array, propagation: Propagation = "tsinf") -> Tensor:
+    def rollout(
+        self, states: Array, actions: Array, propagation: Propagation = "tsinf", generator: Generator | None = None
+    ) -> Tensor:
         """Rolls out open loop: applies given actions from given states, feeding predictions back.
 
         Args:
@@ -458,111 +445,119 @@ class DynamicsEnsemble(nn.Module):
             propagation: ``tsinf``: each row is dealt a member for the whole rollout and draws from its distribution;
                 ``ts1``: it is dealt one anew at each step (both PETS, Chua et al. 2018, section 5.2); ``mean``: the
                 mean over members' means, fed back; ``member``: every member on its own mean.
+            generator: Where members are dealt and states are drawn from; None: the ensemble's own stream.
 
         Returns:
             States with the start first, ``(batch, horizon + 1, state_dim)``; for ``member``
             ``(ensemble, batch, horizon + 1, state_dim)``; raw units.
-
-        Raises:
-            ValueError: If the propagation is unknown or shapes do not fit.
         """
-        states, actions = _as_tensor(states, self.input_shift.device), _as_tensor(actions, self.input_shift.device)
-        fits = states.ndim == 2 and actions.ndim == 3 and len(states) == len(actions)
-        if not fits or (states.shape[-1], actions.shape[-1]) != (self.state_dim, self.action_dim):
+        if propagation not in get_args(Propagation):
+            raise ValueError(f"propagation {propagation!r} is unknown; use ts1, tsinf, mean or member")
+        states, actions = (_as_tensor(part, self.input_shift.device) for part in (states, actions))
+        plans = (*states.shape[:1], *actions.shape[1:2], self.action_dim)  # (batch, horizon, action_dim)
+        if states.shape[1:] != (self.state_dim,) or actions.shape != plans:
             raise ValueError(
                 f"rollout got states {tuple(states.shape)} and actions {tuple(actions.shape)}; expected "
                 f"(batch, state_dim) and (batch, horizon, action_dim) of {self.state_dim} and {self.action_dim}"
             )
         if propagation == "member":
             states, actions = states.expand(len(self), -1, -1), actions.expand(len(self), -1, -1, -1)
-        elif propagation not in ("ts1", "tsinf", "mean"):
-            raise ValueError(f"propagation {propagation!r} is unknown; use ts1, tsinf, mean or member")
+        generator = self._propagation if generator is None else generator
         members, trajectory = None, [states]
-        for step in range(actions.shape[-2]):
-            action = actions[..., step, :]
+        for action in actions.unbind(dim=-2):
             if propagation == "mean":
                 states = self.predict(states, action)[0].mean(dim=0)
             elif propagation == "member":
                 states = self.predict_each(states, action)[0]
             else:
                 if members is None or propagation == "ts1":
-                    members = self.deal_members(len(states), 1, self._propagation).squeeze(1)
-                states = self.draw(*self.predict_members(states, action, members), self._propagation)
+                    members = self.deal_members(len(states), 1, generator).squeeze(1)
+                states = self.draw(*self.predict_members(states, action, members), generator)
             trajectory.append(states)
         return torch.stack(trajectory, dim=-2)
 
-    def deal_members(self, particles: int, starts: int, generator: torch.Generator) -> Tensor:
-        """Deals each start point's particles to members at random, in numbers that differ by one at most.
-
-        Returns:
-            Index of each particle's member, ``(particles, starts)``, on the CPU.
-        """
+    def deal_members(self, particles: int, starts: int, generator: Generator) -> Tensor:
+        """Deals the particles of each start to members, at random and evenly: ``(particles, starts)``, on the CPU."""
         rank = torch.rand(particles, starts, generator=generator).argsort(dim=0).argsort(dim=0)
         members = torch.randperm(len(self), generator=generator)  # who gets one more is random, too
         return members[rank % len(self)]
 
     def _predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, log_variance = self.predict_change(self.normalise_inputs(states, actions))
+        next_states = states + (self._every_dim(mean) * self.delta_scale + self.delta_shift)
+        if log_variance is None:
+            return next_states, None
         variance = self._every_dim(log_variance).exp() * self.delta_scale.square()
-        return self._next_states(states, mean), torch.where(self.delta_scale > 0, variance, VARIANCE_FLOOR)
+        return next_states, torch.where(self.delta_scale > 0, variance, VARIANCE_FLOOR)
 
     def _moments_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._predict_each(states, actions)
+        mean, variance = self._predict_each(states, actions)
+        return mean, torch.zeros_like(mean) if variance is None else variance
 
-    def _next_states(self, states: Tensor, change: Tensor) -> Tensor:
-        """Adds a normalised change ``(..., learned_dim)`` to raw states ``(..., state_dim)``."""
-        return states + (self._every_dim(change) * self.delta_scale + self.delta_shift)
+    def _reward_each(self, states: Tensor, actions: Tensor, next_states: Tensor) -> tuple[Tensor]:
+        change = (next_states - states - self.delta_shift)[..., self.learned] / self.delta_scale[self.learned]
+        inputs = torch.cat((self.normalise_inputs(states, actions), change), dim=-1)
+        return (self.reward(inputs) * self.reward_scale + self.reward_shift,)  # (ensemble, batch, 1)
 
     def _every_dim(self, outputs: Tensor) -> Tensor:
         """Spreads ``(..., learned_dim)`` over ``(..., state_dim)``; constant dimensions get a value of scale 0."""
-        if self.learned_dim == self.state_dim:
-            return outputs
-        return outputs[..., self.output_of_dim]
+        return outputs if self.learned_dim == self.state_dim else outputs[..., self.output_of_dim]
 
-    def _with_every_member(
-        self, predict_each: Callable[[Tensor, Tensor], tuple[Tensor | None, ...]], states: Array, actions: Array
+    def _predict_rows(
+        self, predict_each: Predict, parts: Sequence[Array], members: Array | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Gives the same rows ``(..., dim)`` to every member."""
-        states, actions = self._as_rows(states, actions)
-        shape = (len(self), *states.shape)
-        states = states.reshape(1, -1, states.shape[-1]).expand(len(self), -1, -1)
-        actions = actions.reshape(1, -1, actions.shape[-1]).expand(len(self), -1, -1)
-        return tuple(part if part is None else part.reshape(shape) for part in predict_each(states, actions))
+        """Predicts rows with every member, ``(ensemble, ..., dim)``, or each with its own, ``(..., dim)``."""
+        parts = self._as_rows(*parts)
+        leading, flat = parts[0].shape[:-1], [part.reshape(-1, part.shape[-1]) for part in parts]
+        if members is None:
+            leading, place = (len(self), *leading), slice(None)
+            tables = [part.expand(len(self), -1, -1) for part in flat]
+        else:
+            rows, place = self._group_by_member(torch.as_tensor(members).reshape(-1).cpu())
+            tables = [part[rows] for part in flat]  # (ensemble, width, dim)
+        return tuple(
+            None if part is None else part.flatten(0, 1)[place].reshape(*leading, part.shape[-1])
+            for part in self._in_chunks(predict_each, tables)
+        )
+
+    def _in_chunks(self, predict_each: Predict, parts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Predicts ``(ensemble, batch, dim)`` in chunks of so many rows that a cache holds their hidden units."""
+        chunks = zip(*(part.split(CHUNK, dim=1) for part in parts), strict=True)
+        predicted = zip(*(predict_each(*chunk) for chunk in chunks), strict=True)
+        return tuple(None if part[0] is None else torch.cat(part, dim=1) for part in predicted)
 
     def _group_by_member(self, members: Tensor) -> tuple[Tensor, Tensor]:
-        """Arranges rows, whose ``members`` are ``(batch,)``, so that all members predict at once, each its own.
+        """Arranges rows, whose members are ``(batch,)``, so that all members predict at once, each its own.
 
         Returns:
             A table of rows, ``(ensemble, width)``, filled up with any row; and each row's place in it, ``(batch,)``.
         """
         counts = torch.bincount(members, minlength=len(self))
         order = members.argsort(stable=True)
-        rank = torch.arange(len(members)) - (counts.cumsum(0) - counts)[members[order]]  # among the member's own rows
-        width = int(counts.max())
+        filled = torch.arange(int(counts.max())) < counts[:, None]  # (ensemble, width)
+        rows = torch.zeros(filled.shape, dtype=torch.long).masked_scatter(filled, order)
         place = torch.empty_like(order)
-        place[order] = members[order] * width + rank
-        rows = torch.zeros(len(self) * width, dtype=torch.long)
-        rows[place] = torch.arange(len(members))
-        return rows.view(len(self), width).to(self.device), place.to(self.device)
+        place[order] = filled.flatten().nonzero().squeeze(1)
+        return rows.to(self.device), place.to(self.device)
 
     def _as_rows(self, *parts: Array) -> list[Tensor]:
         """Brings states, actions and, if given, next states to the device; a ValueError if shapes do not fit."""
-        names = ("states", "actions", "next states")
-        dims = (self.state_dim, self.action_dim, self.state_dim)
         rows = [_as_tensor(part, self.input_shift.device) for part in parts]
-        for name, part, dim in zip(names, rows, dims, strict=False):
-            if part.shape != (*rows[0].shape[:-1], dim):
-                expected = f"{tuple(rows[0].shape[:-1])} and a last axis of {dim}"
-                raise ValueError(f"{name} have shape {tuple(part.shape)}; expected leading axes {expected}")
+        leading = tuple(rows[0].shape[:-1])
+        dims = {"states": self.state_dim, "actions": self.action_dim, "next states": self.state_dim}
+        for (name, dim), part in zip(dims.items(), rows, strict=False):
+            if part.shape != (*leading, dim):
+                found = f"{name} have shape {tuple(part.shape)}"
+                raise ValueError(f"{found}; expected leading axes {leading} and a last axis of {dim}")
         return rows
 
 
 class DynamicsModel(nn.Module):
-    """One member of an ensemble: what ``model.pkl`` holds a list of.
+    """One member of an ensemble: what ``model.pkl`` holds a list of. It is built like an ensemble of one.
 
     Pickling keeps plain Python only (tensors as bytes, type and shape): no code of PyTorch runs when a file is loaded,
-    members share nothing, and a loaded member is on the CPU with gradients of its parameters switched off
-    (``requires_grad_(True)`` switches them on again to train it further). It is built like an ensemble of one.
+    members share nothing, and a loaded member is on the CPU, its parameters without gradients until
+    ``requires_grad_(True)``.
 
     Attributes:
         network: The member as an ensemble of one, which has its weights and its mathematics.
@@ -572,9 +567,7 @@ class DynamicsModel(nn.Module):
 
     ensemble_class: ClassVar[type[DynamicsEnsemble]]  # of the same kind
 
-    def __init__(
-        self, architecture: Architecture, normalisation: Normalisation, *generators: torch.Generator | None
-    ) -> None:
+    def __init__(self, architecture: Architecture, normalisation: Normalisation, *generators: Generator | None) -> None:
         super().__init__()
         self.network = self.ensemble_class(architecture, normalisation, 1, *generators)
 
@@ -680,10 +673,12 @@ def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict
         raise ValueError(f"{os.fspath(path)!r} {reason}") from error
 
 
-def load_ensemble(path: str | os.PathLike[str], device: str = "cpu") -> DynamicsEnsemble:
-    """Reads ``model.pkl`` as ``load_models`` does, and stacks its members on a device, such as ``cuda:0``."""
+def load_ensemble(path: str | os.PathLike[str], device: str = "cpu", elites: bool = False) -> DynamicsEnsemble:
+    """Reads ``model.pkl`` as ``load_models`` does, and stacks its members, or its elites alone, on a device."""
     models, metadata = load_models(path)
-    return DynamicsEnsemble.from_members(models, metadata["seed"]).to(device)
+    ensemble = DynamicsEnsemble.from_members(models, metadata["seed"]).to(device)
+    ensemble.metadata, ensemble.elites = metadata, metadata.get("elites", ensemble.elites)
+    return ensemble.select(ensemble.elites) if elites else ensemble
 
 
 def _as_tensor(values: Array, device: torch.device) -> Tensor:

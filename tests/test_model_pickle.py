@@ -244,6 +244,21 @@ def test_loaded_ensemble_holds_the_members_of_the_file(model_file, assert_same_w
     assert load_ensemble(model_file, device="meta").device == "meta"
 
 
+def test_loaded_ensemble_keeps_metadata_and_elites_and_can_be_of_elites_alone(model_file, assert_same_weights):
+    members, metadata = load_models(model_file)
+    metadata["elites"] = [1]
+    model_file.write_bytes(pickle.dumps((members, metadata)))
+
+    everyone, elites = load_ensemble(model_file), load_ensemble(model_file, elites=True)
+
+    assert everyone.metadata == elites.metadata == metadata
+    assert (everyone.elites, elites.elites) == ([1], [0])
+    assert_same_weights(everyone.members()[1], members[1])
+    [elite] = elites.members()
+    assert_same_weights(elite, members[1])
+    assert not any(parameter.requires_grad for parameter in elites.parameters())
+
+
 def test_loaded_ensemble_samples_by_the_seed_of_its_run(random_member, tmp_path, draw_rows):
     members, path = [random_member(ProbabilisticModel, member) for member in range(2)], tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps((members, METADATA)))
