@@ -16,9 +16,13 @@ import pytest
 
 import evaluate_model
 import learn_model
+from config import LearnConfig
+from data.sources import load_dataset
+from data.trajectories import gather_transitions
 from evaluate_model import main
 from evaluation import figures, oracle, selection
 from reporting.style import png
+from training.build import build_ensemble
 
 ROOT = Path(evaluate_model.__file__).parent
 LENGTH, EPISODES = 30, 10
@@ -47,29 +51,40 @@ def write_dataset(path, seed, width=1.0, episodes=EPISODES, state_dim=3):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, empty_store):
-    """A folder with datasets ``near``, ``far`` and others, an MLflow store, and models trained on ``near``.
+    """A folder with datasets ``near``, ``far`` and others, an MLflow store, and models that know ``near``.
 
-    One model of each kind is trained, with a test set and a holdout; the others say of the same members that less of
-    the data was kept apart.
+    One model is trained, with a test set and a holdout. The deterministic one is not: its predictions are bad, which is
+    no concern of the command. The others say of the same members that less of the data was kept apart.
     """
     folder = tmp_path_factory.mktemp("trained")
     write_dataset(folder / "near.hdf5", seed=0)
     write_dataset(folder / "far.hdf5", seed=1, width=30.0)
     write_dataset(folder / "single.hdf5", seed=2, episodes=1)
     write_dataset(folder / "wide.hdf5", seed=2, state_dim=4)
-    (folder / "config.yaml").write_text("{ensemble_size: 3, hidden_size: [16], fit_epochs: 5, batch_size: 32}")
+    (folder / "config.yaml").write_text("{probabilistic: true, ensemble_size: 3, hidden_size: [16], fit_epochs: 5}")
     shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        for kind in ("dnn", "pnn"):
-            command = ["--dataset", str(folder / "near.hdf5"), "--config", "config.yaml", "--quiet", "--cpu"]
-            command += ["--run_name", f"{kind}-tested", "--output", f"{kind}-tested.pkl"]
-            command += ["--holdout_ratio", "0.2", "--test_ratio", "0.3", "--params", f"probabilistic={kind == 'pnn'}"]
-            assert learn_model.main(command) == 0
-            relabel(folder, f"{kind}-tested", f"{kind}-held", test=[])
-            relabel(folder, f"{kind}-tested", f"{kind}-all", test=[], holdout=[], train=list(range(EPISODES)))
+        command = ["--dataset", str(folder / "near.hdf5"), "--config", "config.yaml", "--output", "pnn-tested.pkl"]
+        command += ["--run_name", "pnn-tested", "--quiet", "--cpu", "--params", "batch_size=32"]
+        assert learn_model.main([*command, "--holdout_ratio", "0.2", "--test_ratio", "0.3"]) == 0
+    split = load(folder / "pnn-tested.pkl")[1]["dataset"]["split"]
+    save_untrained(folder, "dnn-tested", str(folder / "near.hdf5"), split)
+    for kind in ("dnn", "pnn"):
+        relabel(folder, f"{kind}-tested", f"{kind}-held", test=[])
+        relabel(folder, f"{kind}-tested", f"{kind}-all", test=[], holdout=[], train=list(range(EPISODES)))
     return folder
+
+
+def save_untrained(folder, name, dataset, split):
+    """Writes a model of deterministic members that were not trained, as if trained on a split of a dataset."""
+    data, (_, metadata) = load_dataset(dataset, quiet=True), load(folder / "pnn-tested.pkl")
+    config = LearnConfig(probabilistic=False, ensemble_size=3, hidden_size=(16,))
+    ensemble = build_ensemble(config, gather_transitions(data, np.array(split["train"])))
+    known = {"name": dataset, "sha256": data.sha256, "env_name": data.env_name, "split": split}
+    metadata |= {"kind": ensemble.kind, "run_name": name, "dataset": metadata["dataset"] | known}
+    (folder / f"{name}.pkl").write_bytes(pickle.dumps((ensemble.members(), metadata)))
 
 
 def relabel(folder, model, name, dataset=None, **split):
@@ -327,11 +342,10 @@ def test_the_oracle_joins_the_report(trained, workplace, monkeypatch):
     pytest.importorskip("mujoco")
     monkeypatch.setattr(oracle, "ROWS", 60)
     monkeypatch.setattr(oracle, "DRAWS", 30)
-    options = ["--params", "ensemble_size=2", "hidden_size=8", "fit_epochs=1", "batch_size=4096", "probabilistic=false"]
-    dataset = ["--dataset", "hopper-medium-noisy-demo"]
-    command = [*dataset, "--config", str(trained / "config.yaml"), "--test_ratio", "0.02"]
-    assert learn_model.main([*command, "--output", "model.pkl", "--quiet", "--cpu", *options]) == 0
-    assert main(["--model", "model.pkl", *dataset, "--oracle", "--output", "here", *FAST, "--quiet"]) == 0
+    dataset = "hopper-medium-noisy-demo"
+    save_untrained(trained, "hopper", dataset, {"train": [2, 3, 4], "holdout": [], "test": [0, 1]})
+    command = ["--model", str(trained / "hopper.pkl"), "--dataset", dataset, "--oracle", "--output", "here"]
+    assert main([*command, *FAST, "--quiet"]) == 0
     files = report_of(workplace / "here")["files"]
     assert {"oracle.csv", "oracle.png", "oracle_noise.csv", "oracle_noise.png"} <= set(files)
     assert "Against the simulator" in (workplace / "here" / "report.html").read_text()
