@@ -242,7 +242,10 @@ def test_help_needs_no_heavy_import():
         (["--params", "hidden_size=a,b"], ["hidden_size", "whole number"]),
         (["--params", "patience=3"], ["patience", "--holdout_ratio"]),
         (["--params", "kind=determinstic"], ["determinstic", "deterministic, probabilistic", "did you mean"]),
-        (["--params", "beta_nll=0.5"], ["beta_nll is 0.5; expected 0 for a deterministic ensemble"]),
+        (
+            ["--params", "beta_nll=0.5", "--dataset", "gone"],
+            ["beta_nll is 0.5; expected 0 for a deterministic ensemble"],
+        ),
         (["--holdout_ratio", "1.5"], ["1.5"]),
         (["--holdout_ratio", "-0.1"], ["-0.1"]),
         (["--holdout_ratio", "abc"], ["abc"]),
@@ -319,11 +322,11 @@ def test_a_diverged_run_fails_and_leaves_no_model(linear_dataset, workplace, cap
 # --- Runs that are cut off ---
 
 
-def wait_until(holds, process):
+def wait_until(holds, process, printed):
     """Waits until something holds, as long as a process runs."""
     deadline = time.monotonic() + 120
     while not holds():
-        assert process.is_alive(), "it ended before it could be cut off"
+        assert process.is_alive(), f"it ended before it could be cut off:\n{printed.read_text()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -336,8 +339,10 @@ def test_a_run_killed_again_and_again_ends_as_the_whole_one(linear_dataset, work
     cut = [*command, "--run_name", "cut", "--output", "cut.pkl", "--resume"]
     metrics = Path("logs/cut/metrics.csv")
     for epochs in (1, 8):
-        process, _ = start_script(ROOT / "learn_model.py", *cut)
-        wait_until(lambda epochs=epochs: metrics.exists() and metrics.read_bytes().count(b"\n") > 3 * epochs, process)
+        process, printed = start_script(ROOT / "learn_model.py", *cut)
+        wait_until(
+            lambda epochs=epochs: metrics.exists() and metrics.read_bytes().count(b"\n") > 3 * epochs, process, printed
+        )
         process.kill()
         process.join()
         assert not Path("cut.pkl").exists()
@@ -356,7 +361,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_remembers_where_its_csv_is(
     for number, flags in ((signal.SIGINT, ["--csv", "m.csv"]), (signal.SIGTERM, ["--resume"])):
         began = time.time_ns()
         process, printed = start_script(ROOT / "learn_model.py", *command, *flags)
-        wait_until(lambda began=began: checkpoint.exists() and checkpoint.stat().st_mtime_ns > began, process)
+        wait_until(lambda began=began: checkpoint.exists() and checkpoint.stat().st_mtime_ns > began, process, printed)
         os.kill(process.pid, number)
         process.join(60)
 
