@@ -22,7 +22,8 @@ from config import LearnConfig, load_config
 from utils import ROOT, InputError, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from data.trajectories import Dataset, Split
+    from data.splits import Split
+    from data.trajectories import Dataset
     from dynamics_model import DynamicsEnsemble
     from tracking.run_folder import RunFolder
     from tracking.trackers import Tracker
@@ -63,21 +64,23 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         device = choose_device(args.device)
 
         from data.sources import load_dataset
-        from data.trajectories import check_shares, gather_transitions, holdout_rows, split_trajectories
+        from data.splits import check_shares, divide
+        from data.trajectories import gather_transitions
         from training.batches import normalise_rows
         from training.build import build_ensemble, find_kind
 
         find_kind(config)
         check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio)
         dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
-        split = split_trajectories(
+        division = divide(
             dataset,
             config.seed if config.split_seed is None else config.split_seed,
             holdout_ratio=args.holdout_ratio,
             holdout_samples=args.holdout_samples,
             test_ratio=args.test_ratio,
         )
-        transitions = gather_transitions(dataset, split.train)
+        divided, split = division.dataset, division.split
+        transitions = gather_transitions(divided, split.train)
         ensemble = build_ensemble(config, transitions).to(device)
         run = open_run(args, config, dataset)
         checkpoint = run.load_checkpoint(device)
@@ -92,9 +95,9 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
     try:
         with tracker:
             train = normalise_rows(ensemble, transitions)
-            holdout = normalise_rows(ensemble, gather_transitions(dataset, split.holdout)) if holds_out else None
+            holdout = normalise_rows(ensemble, gather_transitions(divided, split.holdout)) if holds_out else None
             if holds_out:
-                ensemble.holdout_idx = holdout_rows(dataset, split.holdout)
+                ensemble.holdout_idx = division.holdout_rows()
             if not args.quiet:
                 print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
             score_every = 1 if args.track_training else TRAIN_SCORE_EVERY

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from config import LearnConfig
-from data.trajectories import Dataset, gather_transitions, split_trajectories
+from data.splits import split_trajectories
+from data.trajectories import Dataset, gather_transitions
 from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows, normalise_rows
 from training.build import build_ensemble

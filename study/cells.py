@@ -19,7 +19,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from config import LearnConfig, config_from_dict
-from data.trajectories import Dataset, Split, gather_transitions, split_trajectories
+from data.splits import Split, split_trajectories
+from data.trajectories import Dataset, gather_transitions
 from evaluation.evaluate import evaluate, summarise
 from training.batches import normalise_rows
 from training.build import build_ensemble
