@@ -1,11 +1,13 @@
 """A training's MLflow runs, which ``mlflow ui`` shows: numbers, configuration, dataset, files.
 
 ``MlflowTracker`` fills them while training runs, ``log_evaluation`` adds an evaluation later, and ``load_run`` fetches
-the trained ensemble back. A run copies what the CSV has; nothing that the store does may stop training.
+the trained ensemble back. The ensemble is also there as an MLflow model (``mlflow_model.py``). A run copies what the
+CSV has; nothing that the store does may stop training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -149,7 +151,10 @@ class MlflowTracker(Tracker):
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
         """Sends what is left and ends the runs; a warning says what could not be sent."""
+        model = next((path for path in self._artifacts if path.suffix == ".pkl"), None)
         self._attempt(self._send_all)
+        if model is not None and not self._artifacts:
+            self._log_model(model)
         self._attempt(lambda: self._terminate("KILLED" if interrupted else "FAILED" if failed else "FINISHED"))
         values = sum(map(len, self._unsent.values()))
         if values or self._artifacts:
@@ -211,6 +216,27 @@ class MlflowTracker(Tracker):
         while self._artifacts:
             self._client.log_artifact(self.run_id, str(self._artifacts[0]))
             del self._artifacts[0]
+
+    def _log_model(self, path: Path) -> None:
+        """Logs ``model.pkl`` as an MLflow model, too, which the run has as its output; a warning says if that fails."""
+        from mlflow.entities import LoggedModelOutput
+
+        from tracking.mlflow_model import save_mlflow_model
+
+        client, model_id = self._client, None
+        try:
+            experiment_id = client.get_run(self.run_id).info.experiment_id
+            model_id = client.create_logged_model(experiment_id, "model", self.run_id, self._tags).model_id
+            with tempfile.TemporaryDirectory() as folder:
+                save_mlflow_model(path, Path(folder) / "model", self.run_id, model_id)
+                client.log_model_artifacts(model_id, f"{folder}/model")
+            client.finalize_logged_model(model_id, "READY")
+            client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
+        except Exception as error:  # the run has the file itself, whatever the store or MLflow's version lacks
+            warn(f"MLflow at {self._uri} has {path.name} as a file, but not as an MLflow model ({first_line(error)})")
+            if model_id is not None:
+                with contextlib.suppress(Exception):
+                    client.finalize_logged_model(model_id, "FAILED")
 
     def _terminate(self, status: str) -> None:
         """Ends the runs, the ensemble's last: when it has ended, so have its members'."""

@@ -221,9 +221,25 @@ def test_a_local_store_that_cannot_be_used_is_an_input_error(uri, tmp_path, monk
 # --- After training ---
 
 
-def test_load_run_gives_the_ensemble_that_the_run_trained(store, summary, random_member, capfd):
-    members = [random_member(DeterministicModel, member) for member in range(2)]
-    Path("hopper.pkl").write_bytes(pickle.dumps((members, {"format_version": 1, "seed": 0})))
+@pytest.fixture
+def write_model(random_member):
+    """Returns a function that writes a file as training does, and gives its two members."""
+
+    def write(path):
+        members = [random_member(DeterministicModel, member) for member in range(2)]
+        Path(path).write_bytes(pickle.dumps((members, {"format_version": 1, "seed": 0})))
+        return members
+
+    return write
+
+
+def logged_models(client, run_id):
+    models = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    return [(model.name, str(model.status)) for model in models if model.source_run_id == run_id]
+
+
+def test_load_run_gives_the_ensemble_that_the_run_trained(store, summary, write_model, capfd):
+    members = write_model("hopper.pkl")
     with open_mlflow() as tracker:
         tracker.finish(summary, [Path("hopper.pkl")])
     Path("hopper.pkl").unlink()
@@ -234,10 +250,22 @@ def test_load_run_gives_the_ensemble_that_the_run_trained(store, summary, random
     for member, prediction in zip(members, predicted, strict=True):
         np.testing.assert_allclose(prediction, member.predict(states, actions), rtol=1e-6, atol=1e-6)
     assert capfd.readouterr() == ("", "")
+    assert logged_models(store, tracker.run_id) == [("model", "READY")]
     with pytest.raises(InputError, match="no run 'nonsense'"):
         load_run("nonsense")
     with pytest.raises(InputError, match="has 0 models"):
         load_run(nested_runs(store, tracker.run_id)[0].info.run_id)
+
+
+def test_a_model_that_mlflow_cannot_have_as_such_costs_a_warning(store, summary, capfd):
+    Path("model.pkl").write_bytes(b"weights")
+    with open_mlflow() as tracker:
+        tracker.finish(summary, [Path("model.pkl")])
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "has model.pkl as a file, but not as an MLflow model ('model.pkl' is not a model" in told
+    assert [file.path for file in store.list_artifacts(tracker.run_id)] == ["model.pkl"]
+    assert logged_models(store, tracker.run_id) == [("model", "FAILED")]
+    assert store.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_an_evaluation_joins_the_run_that_trained_the_model(store, capfd):
@@ -364,14 +392,14 @@ class Passage(socketserver.BaseRequestHandler):
 
 
 def test_a_server_that_dies_does_not_stop_training_and_gets_all_when_it_is_back(
-    mlflow_ui, monkeypatch, tmp_path, columns, summary, run_epochs, read_csv, assert_complete, capfd
+    mlflow_ui, monkeypatch, tmp_path, columns, summary, run_epochs, read_csv, assert_complete, write_model, capfd
 ):
     server = ("127.0.0.1", int(mlflow_ui[1].rpartition(":")[2]))
     relay = Relay(server)
     port = relay.server_address[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    Path("model.pkl").write_bytes(b"weights")
+    write_model("model.pkl")
     mlflow = open_mlflow(experiment="by a server")
     with Trackers([CsvTracker("metrics.csv", columns), mlflow]) as tracker:
         run_epochs(tracker, range(2))
@@ -397,7 +425,8 @@ def test_a_server_that_dies_does_not_stop_training_and_gets_all_when_it_is_back(
     assert_complete(client, mlflow.run_id, 30)
     assert client.get_run(mlflow.run_id).info.status == "FINISHED"
     fetched = client.download_artifacts(mlflow.run_id, "model.pkl", str(tmp_path / "fetched"))
-    assert Path(fetched).read_bytes() == b"weights"
+    assert Path(fetched).read_bytes() == Path("model.pkl").read_bytes()
+    assert logged_models(client, mlflow.run_id) == [("model", "READY")]
 
 
 class FailingHandler(BaseHTTPRequestHandler):
