@@ -453,7 +453,7 @@ class DynamicsEnsemble(nn.Module):
         """
         if propagation not in get_args(Propagation):
             raise ValueError(f"propagation {propagation!r} is unknown; use ts1, tsinf, mean or member")
-        states, actions = (_as_tensor(part, self.input_shift.device) for part in (states, actions))
+        states, actions = (as_tensor(part, self.input_shift.device) for part in (states, actions))
         plans = (*states.shape[:1], *actions.shape[1:2], self.action_dim)  # (batch, horizon, action_dim)
         if states.shape[1:] != (self.state_dim,) or actions.shape != plans:
             raise ValueError(
@@ -542,7 +542,7 @@ class DynamicsEnsemble(nn.Module):
 
     def _as_rows(self, *parts: Array) -> list[Tensor]:
         """Brings states, actions and, if given, next states to the device; a ValueError if shapes do not fit."""
-        rows = [_as_tensor(part, self.input_shift.device) for part in parts]
+        rows = [as_tensor(part, self.input_shift.device) for part in parts]
         leading = tuple(rows[0].shape[:-1])
         dims = {"states": self.state_dim, "actions": self.action_dim, "next states": self.state_dim}
         for (name, dim), part in zip(dims.items(), rows, strict=False):
@@ -681,7 +681,8 @@ def load_ensemble(path: str | os.PathLike[str], device: str = "cpu", elites: boo
     return ensemble.select(ensemble.elites) if elites else ensemble
 
 
-def _as_tensor(values: Array, device: torch.device) -> Tensor:
+def as_tensor(values: Array, device: str | torch.device) -> Tensor:
+    """Brings values to a device as float32."""
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()  # PyTorch knows no read-only memory, and warns
     return torch.as_tensor(values, dtype=torch.float32, device=device)

@@ -1,0 +1,371 @@
+"""Environments inside a learned ensemble: one batched step, and what Gymnasium and Stable-Baselines3 make of it.
+
+    core = ModelEnv(load_ensemble("model.pkl"), "Hopper-v5")
+    state = core.start(states)          # (batch, state_dim)
+    step = core.step(state, actions)    # step.state, step.reward, step.terminated, ...
+
+``ModelEnv`` is that step, for planners and for evaluating policies. ``VectorModelEnv`` and ``SingleModelEnv`` add
+episodes to it, with starts and a time limit, as Gymnasium has them; ``as_sb3`` turns the former into what
+Stable-Baselines3 trains on.
+
+Why an episode ends is never mixed up. A step ``terminated`` if the task's own rule says so; it is ``halted`` if the
+ensemble does not know the state and the action, and the pessimism stops here; an episode is ``truncated`` at the time
+limit. Where Gymnasium knows two ends only, the pessimism says which of them a halt is.
+
+Shapes are ``(batch, ...)``; states, actions and rewards are in raw units. Nothing loops over members or environments.
+
+This module imports PyTorch, NumPy, Gymnasium and the model modules; Stable-Baselines3 only where ``as_sb3`` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from dynamics_model import Array, Disagreement, DynamicsEnsemble, as_tensor, random_stream
+from mujoco_tasks import TASKS, StepFunction, Task
+from mujoco_tasks import task as known_task
+
+Members = Literal["elites", "all"] | Sequence[int]
+ROWS_AT_ONCE = 10_000  # of a dataset whose disagreement is measured
+
+
+# --- Pessimism: what to do where the ensemble does not know ---
+
+
+@dataclass(frozen=True)
+class MOReL:
+    """Halts where members disagree: MOReL (Kidambi et al. 2020, eq. 3 and the pessimistic MDP of section 4).
+
+    The paper moves an unknown state and action to an absorbing state that pays the halt reward for ever. Here it is
+    paid once and the episode ends: a return then has the same order if the halt reward is as low as the lowest return
+    that could have followed.
+
+    Attributes:
+        threshold: The largest disagreement that counts as known, raw units; see ``disagreement_threshold``.
+        halt_reward: Paid instead of the step's reward; the paper's is below the lowest reward of the data.
+        on_halt: How the episode ends. Learners value what follows a truncated state, and nothing after a terminated
+            one, so only the latter makes them keep away from what the ensemble does not know.
+        kind: What is measured: the paper's is the largest distance between two members' means.
+    """
+
+    threshold: float
+    halt_reward: float
+    on_halt: Literal["terminate", "truncate"] = "terminate"
+    kind: Disagreement = "max_pairwise"
+
+    def __post_init__(self) -> None:
+        if self.on_halt not in ("terminate", "truncate"):
+            raise ValueError(f"on_halt is {self.on_halt!r}; expected 'terminate' or 'truncate'")
+
+    def apply(self, reward: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the reward to pay and whether the episode is halted, both ``(batch,)``."""
+        halted = uncertainty > self.threshold
+        return torch.where(halted, self.halt_reward, reward), halted
+
+
+@dataclass(frozen=True)
+class MOPO:
+    """Pays less where the ensemble is unsure, ``reward - coef * uncertainty``: MOPO (Yu et al. 2020, section 4.3).
+
+    As in the paper's published code, the uncertainty is the largest norm of a member's standard deviations. Here the
+    members that are asked are those that predict; the code asks all members, and predicts with its elites.
+
+    Attributes:
+        coef: The paper's lambda, in rewards per unit of uncertainty.
+        kind: What is measured.
+    """
+
+    coef: float
+    kind: Disagreement = "max_aleatoric"
+    on_halt: ClassVar[str] = "terminate"  # never halts
+
+    def apply(self, reward: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the reward to pay, and that no episode is halted, both ``(batch,)``."""
+        return reward - self.coef * uncertainty, torch.zeros_like(reward, dtype=torch.bool)
+
+
+def disagreement_threshold(
+    ensemble: DynamicsEnsemble,
+    states: Array,
+    actions: Array,
+    beta: float | None = None,
+    quantile: float | None = None,
+    *,
+    kind: Disagreement = "max_pairwise",
+    members: Members = "elites",
+) -> float:
+    """Returns a threshold for ``MOReL``, of the disagreement of the same members at these states and actions.
+
+    Args:
+        ensemble: The one that will predict.
+        states: Of a dataset, ``(rows, state_dim)``, raw units.
+        actions: Those taken in them, ``(rows, action_dim)``.
+        beta: Gives the mean plus so many standard deviations, as the paper's published code does.
+        quantile: Gives what this share of the rows does not exceed. With neither, the largest disagreement is given.
+        kind: As ``MOReL`` has it.
+        members: As ``ModelEnv`` has them.
+    """
+    if beta is not None and quantile is not None:
+        raise ValueError(f"got beta {beta} and quantile {quantile}; give one of them")
+    chosen = _select(ensemble, members)
+    rows = (as_tensor(part, chosen.device).split(ROWS_AT_ONCE) for part in (states, actions))
+    measured = torch.cat([chosen.disagreement(*part, kind) for part in zip(*rows, strict=True)]).cpu().double().numpy()
+    if beta is not None:
+        return float(measured.mean() + beta * measured.std())
+    return float(np.quantile(measured, 1.0 if quantile is None else quantile))
+
+
+def _select(ensemble: DynamicsEnsemble, members: Members) -> DynamicsEnsemble:
+    """Returns a frozen copy of the members that predict."""
+    named = {"elites": ensemble.elites, "all": range(len(ensemble))}
+    if isinstance(members, str) and members not in named:
+        raise ValueError(f"members is {members!r}; expected 'elites', 'all' or indices")
+    indices = named[members] if isinstance(members, str) else members
+    return ensemble.select(list(indices)).requires_grad_(False)
+
+
+# --- The batched core ---
+
+
+class ModelState(NamedTuple):
+    """Where a batch of environments is.
+
+    Attributes:
+        states: ``(batch, state_dim)``, raw units.
+        members: Index of the member that each environment keeps, ``(batch,)``, on the CPU; None where none is kept.
+    """
+
+    states: Tensor
+    members: Tensor | None
+
+
+class ModelStep(NamedTuple):
+    """What a step gave; all but the state are ``(batch,)``.
+
+    Attributes:
+        state: Where environments are now. What ended is not started again.
+        reward: The pessimism's.
+        raw_reward: That of the task.
+        terminated: The task's rule ended the episode. A prediction that is not finite counts as an end, too.
+        halted: The pessimism ends the episode here.
+        escaped: The prediction was outside of the bounds, and has been moved back.
+        uncertainty: What the pessimism measured, at the state and action before the step; None without one.
+    """
+
+    state: ModelState
+    reward: Tensor
+    raw_reward: Tensor
+    terminated: Tensor
+    halted: Tensor
+    escaped: Tensor
+    uncertainty: Tensor | None
+
+
+class ModelEnv:
+    """Steps a batch of environments inside a learned ensemble. It holds no state: callers pass it and get the next.
+
+    Steps keep a graph for gradients where states or actions have one.
+
+    Args:
+        ensemble: It is copied, so that training it further changes nothing here.
+        task: An environment's id, such as "Hopper-v5", or a ``Task`` of your own: gives termination, time limit and
+            perhaps rewards. None: that of the training data if it is known here, else no step terminates.
+        reward: ``formula``: the task's; ``learned``: the ensemble's; ``auto``: which of them the task prefers; or a
+            function of states, actions and next states. ``reward_source`` says which it is, ``reward_reason`` why.
+        propagation: ``ts1``: each step is predicted by a member dealt anew, ``tsinf``: an environment keeps its member
+            (both PETS, Chua et al. 2018, section 5.2, and both draw from the member's distribution); ``mean``: the mean
+            over members' means.
+        members: Which predict, give rewards and are asked for uncertainty: ``elites``, ``all``, or indices.
+        pessimism: ``MOReL(...)``, ``MOPO(...)``, an object with their ``kind``, ``on_halt`` and ``apply``; None: none.
+        state_bounds: What predictions are clamped to: ``data``, the range of the training data widened by half its
+            width on either side; a pair (low, high); None: nothing. Without bounds, rollouts that leave the data can
+            run away and earn rewards of 1e18. The bare range is no good bound, as most rollouts leave it.
+        generator: Where members are dealt and states are drawn from, on the CPU; None: a stream of the ensemble's seed.
+
+    Attributes:
+        ensemble: The chosen members.
+        task: The task, or None.
+        reward_source: "formula", "learned" or "given".
+        reward_reason: Why, in words.
+        action_bounds: Pair of ``(action_dim,)`` that actions are clamped to, the task's or the data's; None: unknown.
+    """
+
+    def __init__(
+        self,
+        ensemble: DynamicsEnsemble,
+        task: str | Task | None = None,
+        *,
+        reward: Literal["auto", "formula", "learned"] | StepFunction = "auto",
+        propagation: Literal["ts1", "tsinf", "mean"] = "ts1",
+        members: Members = "elites",
+        pessimism: MOReL | MOPO | None = None,
+        state_bounds: Literal["data"] | tuple[Array, Array] | None = "data",
+        generator: Generator | None = None,
+    ) -> None:
+        if propagation not in ("ts1", "tsinf", "mean"):
+            raise ValueError(f"propagation is {propagation!r}; expected ts1, tsinf or mean")
+        self.ensemble = _select(ensemble, members)
+        self.propagation = propagation
+        self.task = _find_task(ensemble, task)
+        self.reward_source, self.reward_reason, self._reward = _find_reward(self.ensemble, self.task, reward)
+        self.pessimism = pessimism
+        _check_pessimism(self.ensemble, pessimism)
+        self.generator = random_stream(ensemble.seed, 0, "propagation") if generator is None else generator
+        data = ensemble.metadata.get("data")
+        if isinstance(state_bounds, str):
+            if state_bounds != "data" or data is None:
+                found = "this model.pkl does not know" if state_bounds == "data" else f"{state_bounds!r} is not"
+                raise ValueError(f"{found} the range of its data; give state_bounds=(low, high), or None for no bounds")
+            low, high = (torch.tensor(data["states"][end]) for end in ("low", "high"))
+            state_bounds = low - (high - low) / 2, high + (high - low) / 2
+        action_bounds = None
+        if self.task is not None:
+            action_bounds = [sign * self.task.action_bound * torch.ones(ensemble.action_dim) for sign in (-1, 1)]
+        elif data is not None:
+            action_bounds = data["actions"]["low"], data["actions"]["high"]
+        self.state_bounds, self.action_bounds = (
+            None
+            if pair is None
+            else tuple(torch.as_tensor(end, dtype=torch.float32, device=ensemble.device) for end in pair)
+            for pair in (state_bounds, action_bounds)
+        )
+
+    def __repr__(self) -> str:
+        rewards = f"rewards {self.reward_source} ({self.reward_reason})"
+        ends = "no step terminates" if self.task is None else f"terminations of {self.task.env_name}"
+        members = f"{len(self.ensemble)} {self.ensemble.kind} members, {self.propagation}"
+        return f"ModelEnv({members}; {rewards}; {ends}; pessimism {self.pessimism})"
+
+    def start(self, states: Array, generator: Generator | None = None) -> ModelState:
+        """Places environments in states ``(batch, state_dim)``, and deals them members if they are to keep them."""
+        states = self._rows(states, self.ensemble.state_dim, "states")
+        kept = self.propagation == "tsinf"
+        return ModelState(states, self.deal(len(states), generator) if kept else None)
+
+    def deal(self, batch: int, generator: Generator | None = None) -> Tensor:
+        """Deals members at random, in numbers that differ by one at most: indices ``(batch,)``, on the CPU."""
+        return self.ensemble.deal_members(batch, 1, self.generator if generator is None else generator).squeeze(1)
+
+    def step(self, state: ModelState, actions: Array, generator: Generator | None = None) -> ModelStep:
+        """Takes a step in each environment.
+
+        Args:
+            state: Where they are.
+            actions: ``(batch, action_dim)``; those beyond ``action_bounds`` count as the bounds.
+            generator: Where this step's draws come from; None: the environment's own stream.
+
+        Raises:
+            ValueError: If shapes do not fit, or an action is not finite.
+        """
+        states, members = state
+        actions = self._rows(actions, self.ensemble.action_dim, "actions", len(states))
+        if self.action_bounds is not None:
+            actions = actions.clamp(*self.action_bounds)
+        if self.propagation == "ts1":
+            members = self.deal(len(states), generator)
+        predicted, uncertainty = self._predict(states, actions, members, generator)
+        next_states = predicted
+        if self.state_bounds is not None:
+            next_states = torch.where(predicted.isnan(), states, predicted).clamp(*self.state_bounds)
+        raw_reward = self._reward(states, actions, next_states, members)
+        if self.state_bounds is None:
+            raw_reward = torch.where(next_states.isfinite().all(dim=-1), raw_reward, -torch.inf)
+        reward, halted = raw_reward, torch.zeros_like(raw_reward, dtype=torch.bool)
+        if self.pessimism is not None:
+            reward, halted = self.pessimism.apply(raw_reward, uncertainty)
+        ended = ~predicted.isfinite().all(dim=-1)
+        if self.task is not None:
+            ended = self.task.termination(states, actions, predicted)
+        escaped = (next_states != predicted).any(dim=-1)
+        return ModelStep(
+            ModelState(next_states, state.members), reward, raw_reward, ended, halted, escaped, uncertainty
+        )
+
+    def _predict(
+        self, states: Tensor, actions: Tensor, members: Tensor | None, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns next states ``(batch, state_dim)`` and the pessimism's uncertainty ``(batch,)``; predicts once."""
+        generator = self.generator if generator is None else generator
+        if self.pessimism is None and members is not None:
+            return self.ensemble.draw(*self.ensemble.predict_members(states, actions, members), generator), None
+        means, variances = self.ensemble.moments(states, actions)  # (ensemble, batch, state_dim)
+        uncertainty = None
+        if self.pessimism is not None:
+            uncertainty = self.ensemble.disagreement_of(means, variances, self.pessimism.kind)
+        if members is None:
+            return means.mean(dim=0), uncertainty
+        own = members, torch.arange(len(members))
+        return self.ensemble.draw(means[own], variances[own], generator), uncertainty
+
+    def _rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
+        rows = as_tensor(values, self.ensemble.device)
+        if rows.ndim != 2 or rows.shape != (len(rows) if batch is None else batch, dim):
+            raise ValueError(
+                f"{name} have shape {tuple(rows.shape)}; expected ({'batch' if batch is None else batch}, {dim})"
+            )
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"{name} are not finite in {int((~rows.isfinite()).any(dim=-1).sum())} of {len(rows)} rows"
+            )
+        return rows
+
+
+def _find_task(ensemble: DynamicsEnsemble, task: str | Task | None) -> Task | None:
+    """Returns the task that was asked for, or that of the training data; a ValueError if it does not fit."""
+    if task is None:
+        task = TASKS.get(ensemble.metadata.get("dataset", {}).get("env_name"))
+    elif isinstance(task, str):
+        task = known_task(task)
+    if task is not None and (ensemble.state_dim not in task.state_dim or ensemble.action_dim != task.action_dim):
+        sizes = " or ".join(map(str, task.state_dim))
+        raise ValueError(
+            f"{task.env_name} has states of {sizes} and actions of {task.action_dim} entries; this model has "
+            f"{ensemble.state_dim} and {ensemble.action_dim}"
+        )
+    return task
+
+
+def _find_reward(
+    ensemble: DynamicsEnsemble, task: Task | None, reward: str | StepFunction
+) -> tuple[str, str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]]:
+    """Returns the source of rewards, why it was chosen, and a function of a step and of each row's member."""
+
+    def learned(states: Tensor, actions: Tensor, next_states: Tensor, members: Tensor | None) -> Tensor:
+        rewards = ensemble.predict_reward(states, actions, next_states, members)
+        return rewards.mean(dim=0) if members is None else rewards
+
+    if callable(reward):
+        return "given", "a function of the caller's", lambda *step: reward(*step[:3])
+    reason = "as asked for" if reward != "auto" else "no formula is known" if task is None else task.reward_reason
+    if reward == "auto":
+        reward = "learned" if task is None else task.reward_source
+    if reward == "formula":
+        if task is None or task.reward is None:
+            raise ValueError("there is no formula of the reward; give a task that has one, such as task='Hopper-v5'")
+        return "formula", reason, lambda *step: task.reward(*step[:3])
+    if reward != "learned":
+        raise ValueError(f"reward is {reward!r}; expected auto, formula, learned or a function")
+    if ensemble.reward is None:
+        raise ValueError(
+            f"there is no reward to be had: this model learned none ({reason}); train one with --params "
+            "learn_reward=true, or give a task and reward='formula', or a function of states, actions and next states"
+        )
+    return "learned", reason, learned
+
+
+def _check_pessimism(ensemble: DynamicsEnsemble, pessimism: MOReL | MOPO | None) -> None:
+    """Raises a ValueError if the ensemble cannot measure what the pessimism goes by."""
+    if pessimism is None:
+        return
+    name, kind = type(pessimism).__name__, pessimism.kind
+    if kind not in ensemble.disagreements:
+        has = ", ".join(ensemble.disagreements)
+        raise ValueError(f"{name} goes by {kind}, which {ensemble.kind} members do not have; they have kind={has}")
+    if len(ensemble) < 2 and kind in ("max_pairwise", "ensemble_std"):
+        raise ValueError(f"{name} goes by {kind}, which needs two members or more; there is one")
