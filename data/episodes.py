@@ -19,6 +19,7 @@ from data.trajectories import Finding, Trajectory
 
 FLAGS = ("terminals", "timeouts")
 SAMPLED_ROWS = 20_000  # from which units of changes and distances are taken
+LARGE = 10.0  # times the usual change: what may be a jump
 GROUPS = 100  # of rows in no order: how many trajectories they make, so that a split has something to divide
 
 
@@ -303,52 +304,81 @@ def find_resets(states: np.ndarray, is_end: np.ndarray, starts_alike: bool) -> n
 
     That is a change far outside all others (``find_jumps``). Where all episodes start alike, it is also a step to the
     known starts: to less than half the distance from them that rows mostly have, from more than twice as far, in one
-    step of more than half of that distance. Distances are root mean squares over dimensions, in standard deviations.
+    step of more than half of that distance.
     """
     inside = np.flatnonzero(~is_end[:-1])
     jumps = inside[find_jumps(states[inside + 1].astype(np.float64) - states[inside])]
-    sample = states[:: max(1, len(states) // SAMPLED_ROWS)].astype(np.float64)
-    moves = sample.std(axis=0) > 0
-    if not starts_alike or not moves.any():
+    if not starts_alike:
         return jumps
-    starts = states[np.concatenate(([0], np.flatnonzero(is_end[:-1]) + 1))]
-    center, spread = np.median(starts, axis=0), np.where(moves, sample.std(axis=0), np.inf)
-
-    def size(part: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.square(part / spread).sum(axis=1) / np.count_nonzero(moves))
-
-    distance = np.concatenate([size(block - center) for (block,) in _blocks(states)])
+    first_rows = np.concatenate(([0], np.flatnonzero(is_end[:-1]) + 1))
+    starts = Starts.of(states[first_rows], states[:: max(1, len(states) // SAMPLED_ROWS)])
+    distance = np.concatenate([starts.distance(block) for (block,) in _blocks(states)])
     usual = np.median(distance)
-    arrives = (distance[1:] < 0.5 * usual) & (distance[:-1] > 2 * distance[1:]) & ~is_end[:-1]
-    rows = np.flatnonzero(arrives)
-    rows = rows[size(states[rows + 1].astype(np.float64) - states[rows]) > 0.5 * usual]
+    rows = np.flatnonzero((distance[1:] < 0.5 * usual) & (distance[:-1] > 2 * distance[1:]) & ~is_end[:-1])
+    rows = rows[starts.size(states[rows + 1].astype(np.float64) - states[rows]) > 0.5 * usual]
     return np.union1d(rows, jumps)
 
 
-def find_jumps(changes: np.ndarray) -> np.ndarray:
-    """Returns the rows of ``(N, features)`` changes that are far outside all others.
+@dataclass(frozen=True)
+class Starts:
+    """Where episodes start.
 
-    A row's size is its largest change, in units of what nine out of ten changes of that dimension stay below;
-    dimensions that move in fewer rows than one in ten have no such unit and do not count. Jumps are rows of more than
-    10 units, at most one row in twenty, that a gap separates from the rest: the smallest is at least twice the largest
-    of the others.
+    Attributes:
+        center: Median of their first states, ``(D,)``.
+        spread: Standard deviation of all states, ``(D,)``; infinite where they are constant.
     """
-    if len(changes) < 20:
+
+    center: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, first_states: np.ndarray, states: np.ndarray) -> Starts:
+        """Returns the starts of episodes by their first states and by some states of all kinds, ``(rows, D)`` each."""
+        spread = states.std(axis=0, dtype=np.float64)
+        return cls(np.median(first_states, axis=0).astype(np.float64), np.where(spread > 0, spread, np.inf))
+
+    def distance(self, states: np.ndarray) -> np.ndarray:
+        """Returns how far states ``(rows, D)`` are from where episodes start, as ``size`` says it."""
+        return self.size(states - self.center)
+
+    def size(self, changes: np.ndarray) -> np.ndarray:
+        """Root mean square over the dimensions that vary, in standard deviations of the states, ``(rows,)``."""
+        varying = max(1, np.count_nonzero(np.isfinite(self.spread)))
+        return np.sqrt(np.square(changes / self.spread).sum(axis=1) / varying)
+
+
+def find_jumps(changes: np.ndarray) -> np.ndarray:
+    """Returns the rows of ``(N, D)`` changes that are far outside all others."""
+    if not len(changes):
         return np.empty(0, np.int64)
-    sample = np.abs(changes[:: max(1, len(changes) // SAMPLED_ROWS)])
-    unit = np.quantile(sample, 0.9, axis=0)
-    moves = unit > 0
-    if not moves.any():
-        return np.empty(0, np.int64)
-    size = np.max(np.abs(changes[:, moves]) / unit[moves], axis=1)
-    large = np.flatnonzero(size > 10)
-    if not large.size or len(large) > 0.05 * len(changes):
-        return np.empty(0, np.int64)
-    ordered = np.sort(size[large])[::-1]
-    rest = size[size <= 10].max()
-    ratios = ordered / np.append(ordered[1:], rest)
-    gaps = np.flatnonzero(ratios >= 2)
-    return large[size[large] >= ordered[gaps[-1]]] if gaps.size else np.empty(0, np.int64)
+    rows, sizes = large_changes(changes, usual_change(changes[:: max(1, len(changes) // SAMPLED_ROWS)]))
+    return rows[are_jumps(sizes, len(changes))]
+
+
+def usual_change(changes: np.ndarray) -> np.ndarray:
+    """Returns what nine out of ten changes ``(rows, D)`` stay below, by dimension; infinite where they are 0."""
+    usual = np.quantile(np.abs(changes), 0.9, axis=0)
+    return np.where(usual > 0, usual, np.inf)
+
+
+def large_changes(changes: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows that change by more than ``LARGE`` times the usual in a dimension, and by how many times."""
+    is_large = np.abs(changes) > (LARGE * usual).astype(changes.dtype)
+    rows = np.unique(np.flatnonzero(is_large.reshape(-1)) // changes.shape[1])
+    return rows, np.max(np.abs(changes[rows]) / usual, axis=1)
+
+
+def are_jumps(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Whether large changes are far outside all others: ``(large,)``.
+
+    They are if a gap separates them from the rest: the smallest is at least twice the next smaller one of all ``count``
+    changes (and twice ``LARGE``). Of fewer than 20, or where more than one in twenty is large, nothing can be said.
+    """
+    if not len(sizes) or count < 20 or len(sizes) > 0.05 * count:
+        return np.zeros(len(sizes), bool)
+    ordered = np.sort(sizes)[::-1]
+    gaps = np.flatnonzero(ordered >= 2 * np.append(ordered[1:], LARGE))
+    return sizes >= ordered[gaps[-1]] if gaps.size else np.zeros(len(sizes), bool)
 
 
 # --- Words ---

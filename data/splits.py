@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.trajectories import Dataset, Trajectory
+from data.trajectories import Dataset, Finding, Trajectory
 from utils import InputError
 
 BLOCKS = 10  # into which a recording is cut where there are too few trajectories to divide
@@ -55,6 +55,21 @@ class Division:
     dataset: Dataset
     split: Split
     pieces: tuple[Piece, ...] | None = None
+
+    def findings(self) -> list[Finding]:
+        """Returns what must be known of the division: that recordings were divided inside."""
+        if self.pieces is None:
+            return []
+        found = Finding(
+            name="recordings divided in blocks",
+            count=len(self.pieces),
+            where=f"{len(self.whole.trajectories):,} trajectories in {len(self.pieces):,} pieces",
+            effect="pieces of one recording are on both sides of the split, with a gap between them: errors on held-"
+            "out pieces say less about another recording than whole trajectories would",
+            advice="record more trajectories, or hold out another recording by --holdout_dataset",
+            matters=True,
+        )
+        return [found]
 
     def holdout_rows(self) -> np.ndarray:
         """Returns where held-out rows are in the concatenation of ``observations[:-1]`` over all whole trajectories.
@@ -97,7 +112,8 @@ def divide(
     shares = {"holdout_ratio": holdout_ratio, "holdout_samples": holdout_samples, "test_ratio": test_ratio}
     sides = 1 + (holdout_ratio > 0 or holdout_samples is not None) + (test_ratio > 0)
     longest = max(map(len, dataset.trajectories))
-    if blocks is None and count_distinct(dataset) < sides and longest >= BLOCKS * FEWEST_ROWS:
+    distinct = count_distinct(dataset.trajectories, find_copies(dataset.trajectories))
+    if blocks is None and distinct < sides and longest >= BLOCKS * FEWEST_ROWS:
         blocks = BLOCKS
     if blocks is None:
         return Division(dataset, dataset, split_trajectories(dataset, split_seed, **shares))
@@ -109,12 +125,11 @@ def divide(
     return _divide_blocks(dataset, split_seed, blocks, shares)
 
 
-def count_distinct(dataset: Dataset) -> int:
-    """Returns how many trajectories with a transition there are, copies not counted."""
-    copies = find_copies(dataset.trajectories)
+def count_distinct(trajectories: Sequence[Trajectory], original: np.ndarray) -> int:
+    """Returns how many trajectories with a transition there are, copies (as ``find_copies`` tells them) not counted."""
     return sum(
-        original == index and trajectory.num_transitions > 0
-        for index, (original, trajectory) in enumerate(zip(copies, dataset.trajectories, strict=True))
+        first == index and trajectory.num_transitions > 0
+        for index, (first, trajectory) in enumerate(zip(original, trajectories, strict=True))
     )
 
 
@@ -162,7 +177,7 @@ def check_shares(
     if holdout_ratio and holdout_samples is not None:
         raise InputError("holdout_ratio and holdout_samples are both given; give one of them")
     if blocks is not None and blocks < 2:
-        raise InputError(f"holdout_blocks is {blocks}; expected a number of blocks to cut each trajectory into, 2 or more")
+        raise InputError(f"holdout_blocks is {blocks}; expected into how many blocks to cut each trajectory, 2 or more")
 
 
 def _split_groups(
@@ -236,7 +251,8 @@ def find_copies(trajectories: Sequence[Trajectory]) -> np.ndarray:
     original = np.arange(len(trajectories))
     by_first_row = defaultdict(list)
     for index, trajectory in enumerate(trajectories):
-        by_first_row[_row_bytes(trajectory, 1)].append(index)
+        first_row = (trajectory.observations[:1], trajectory.actions[:1])
+        by_first_row[b"".join(part.astype(np.float32, copy=False).tobytes() for part in first_row)].append(index)
     for alike in by_first_row.values():
         if len(alike) < 2:
             continue
@@ -253,9 +269,9 @@ def find_copies(trajectories: Sequence[Trajectory]) -> np.ndarray:
     return original
 
 
-def _row_bytes(trajectory: Trajectory, rows: int | None = None) -> bytes:
-    """Returns states and actions of the first rows, or of all, as float32, row by row."""
-    parts = (trajectory.observations[:rows], trajectory.actions[:rows])
+def _row_bytes(trajectory: Trajectory) -> bytes:
+    """Returns states and actions as float32, row by row."""
+    parts = (trajectory.observations, trajectory.actions)
     return np.hstack([part.astype(np.float32, copy=False) for part in parts]).tobytes()
 
 

@@ -66,6 +66,9 @@ class Finding:
     advice: str
     matters: bool
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.count:,} ({self.where}); {self.effect}; {self.advice}"
+
 
 @dataclass(frozen=True)
 class Part:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.audit import moves_rarely
 from data.trajectories import Transitions
 from dynamics_model import DynamicsEnsemble, Normalisation, random_stream
 from utils import InputError
@@ -40,12 +41,23 @@ def normalise_rows(ensemble: DynamicsEnsemble, transitions: Transitions) -> Norm
     targets = np.empty((len(states), len(learned)), dtype=np.float32)
     for rows in _row_chunks(len(states)):
         targets[rows] = (_change(states[rows], next_states[rows])[:, learned] - shift) / scale
-    inputs = ensemble.normalise_inputs(*(torch.as_tensor(part, device=ensemble.device) for part in (states, actions)))
+    inputs = _normalise_inputs(ensemble, states, actions)
     rewards = None
     if ensemble.reward is not None:
         rewards = torch.as_tensor(transitions.rewards, device=ensemble.device).view(-1, 1)
         rewards = (rewards - ensemble.reward_shift) / ensemble.reward_scale
     return NormalisedRows(inputs, torch.as_tensor(targets, device=ensemble.device), rewards)
+
+
+def _normalise_inputs(ensemble: DynamicsEnsemble, states: np.ndarray, actions: np.ndarray) -> Tensor:
+    """Normalises inputs, in float64 before anything is rounded where the states are float64."""
+    if states.dtype == np.float32:
+        return ensemble.normalise_inputs(*(torch.as_tensor(part, device=ensemble.device) for part in (states, actions)))
+    shift, scale = (getattr(ensemble, name).cpu().double().numpy() for name in ("input_shift", "input_scale"))
+    inputs = np.empty((len(states), len(shift)), dtype=np.float32)
+    for rows in _row_chunks(len(states)):
+        inputs[rows] = (np.hstack([states[rows], actions[rows]]) - shift) / scale
+    return torch.as_tensor(inputs, device=ensemble.device)
 
 
 def draw_bootstrap(seed: int, ensemble_size: int, rows: int) -> Tensor:
@@ -66,6 +78,9 @@ def draw_order(seed: int, ensemble_size: int, rows: int, epoch: int) -> Tensor:
 def measure_normalisation(transitions: Transitions) -> Normalisation:
     """Measures shifts (means) and scales (mean absolute deviations) of training rows, raw units.
 
+    The scale of a dimension that moves in a handful of rows (``moves_rarely``) is its standard deviation. Without
+    rewards, the shift of rewards is 0 and their scale 1.
+
     Raises:
         InputError: If every state dimension changes by a constant, so that there is nothing to learn.
     """
@@ -74,7 +89,9 @@ def measure_normalisation(transitions: Transitions) -> Normalisation:
     state_shift, state_scale = _shift_and_scale(lambda chunk: states[chunk], rows)
     action_shift, action_scale = _shift_and_scale(lambda chunk: actions[chunk], rows)
     delta_shift, delta_scale = _shift_and_scale(lambda chunk: _change(states[chunk], next_states[chunk]), rows)
-    reward_shift, reward_scale = _shift_and_scale(lambda chunk: transitions.rewards[chunk, None], rows)
+    reward_shift, reward_scale = np.zeros(1), np.ones(1)
+    if transitions.rewards is not None:
+        reward_shift, reward_scale = _shift_and_scale(lambda chunk: transitions.rewards[chunk, None], rows)
     if not delta_scale.any():
         raise InputError(
             "every state dimension changes by a constant in the training rows: nothing to learn; give a dataset in "
@@ -100,7 +117,10 @@ def _change(states: np.ndarray, next_states: np.ndarray) -> np.ndarray:
 
 
 def _shift_and_scale(values_of: Callable[[slice], np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and mean absolute deviation per column; the deviation is exactly 0 where all values are equal."""
+    """Returns mean and deviation per column; the deviation is exactly 0 where all values are equal.
+
+    It is the mean absolute deviation or, where values move rarely, the standard deviation.
+    """
     first = values_of(slice(0, 1)).astype(np.float64)[0]
     total, varies = 0.0, False
     for chunk in _row_chunks(rows):
@@ -108,8 +128,13 @@ def _shift_and_scale(values_of: Callable[[slice], np.ndarray], rows: int) -> tup
         total = total + values.sum(axis=0)
         varies = varies | (values != first).any(axis=0)
     mean = np.where(varies, total / rows, first)
-    deviation = sum(np.abs(values_of(chunk).astype(np.float64) - mean).sum(axis=0) for chunk in _row_chunks(rows))
-    return mean, deviation / rows
+    absolute, squared = 0.0, 0.0
+    for chunk in _row_chunks(rows):
+        distance = np.abs(values_of(chunk).astype(np.float64) - mean)
+        absolute = absolute + distance.sum(axis=0)
+        squared = squared + np.square(distance).sum(axis=0)
+    deviation, standard = absolute / rows, np.sqrt(squared / rows)
+    return mean, np.where(moves_rarely(standard, deviation), standard, deviation)
 
 
 def _float32(values: np.ndarray) -> Tensor:

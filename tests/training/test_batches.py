@@ -58,8 +58,42 @@ def test_dimension_that_varies_in_one_row_only_is_not_constant():
     states = np.zeros((1000, 1))
     states[700] = 1.0
     normalisation = measure_normalisation(transitions_of(states, np.arange(1000)[:, None]))
-    # mean 0.001; mean absolute deviation (999 * 0.001 + 0.999) / 1000
-    assert normalisation.input_scale[0].item() == pytest.approx(0.001998)
+    # mean 0.001; mean absolute deviation (999 * 0.001 + 0.999) / 1000 = 0.001998: in this unit a move would be 500
+    assert normalisation.input_scale[0].item() == pytest.approx((0.001 * 0.999) ** 0.5)
+
+
+@pytest.mark.parametrize(("moving", "is_rare"), [(20, True), (40, False)])
+def test_the_scale_of_a_dimension_that_moves_rarely_is_its_standard_deviation(moving, is_rare):
+    """Of n in 1000 equal moves the ratio of the two deviations is 1 / (2 sqrt(p (1 - p))): 3.6 and 2.6."""
+    change = np.zeros((1000, 2))
+    change[:moving, 0], change[:, 1] = 0.25, np.arange(1000)
+    share = moving / 1000
+    scale = measure_normalisation(transitions_of(np.zeros((1000, 2)), change)).delta_scale
+    standard, absolute = 0.25 * (share * (1 - share)) ** 0.5, 0.25 * 2 * share * (1 - share)
+    assert scale[0].item() == pytest.approx(standard if is_rare else absolute)
+    assert scale[1].item() == pytest.approx(250.0)
+
+
+def test_float64_states_are_normalised_before_they_are_rounded(member_class):
+    """Near 5e5, float32 has steps of 1/32: rounded to them, half of these changes and positions would be noise."""
+    random = np.random.default_rng(0)
+    change = random.normal(size=(1000, 1)) * 0.01
+    states = 5e5 + np.cumsum(change, axis=0) - change
+    transitions = Transitions(states, np.zeros((1000, 1), np.float32), states + change, np.zeros(1000, np.float32))
+    normalisation = measure_normalisation(transitions)
+    rows = normalise_rows(member_class(Architecture(1, 1, hidden_size=()), normalisation).network, transitions)
+
+    assert rows.inputs.dtype == rows.targets.dtype == torch.float32
+    for values, found in ((states, rows.inputs[:, 0]), (change, rows.targets[:, 0])):
+        deviation = np.abs(values - values.mean()).mean()
+        steps = np.diff(values[:, 0]) / deviation  # a shift that is kept as float32 moves all rows alike
+        np.testing.assert_allclose(np.diff(found.double().numpy()), steps, atol=1e-4)
+
+
+def test_without_rewards_their_shift_is_0_and_their_scale_1():
+    states = np.arange(4, dtype=np.float32)[:, None]
+    normalisation = measure_normalisation(Transitions(states, states, states**2, None))
+    assert (normalisation.reward_shift.tolist(), normalisation.reward_scale.tolist()) == ([0.0], [1.0])
 
 
 def test_constant_whose_sum_is_rounded_is_still_constant():
