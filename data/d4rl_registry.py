@@ -48,6 +48,20 @@ EPISODE_LIMITS = {
     r"flow-merge-": 750,
 }
 
+# The Gymnasium environments whose states, actions and physics are those of an id's data. Version 4 of MuJoCo's tasks
+# has the models that D4RL used (v5 changed Walker2d's); Adroit's come with gymnasium-robotics. Others have no equal:
+# Ant has 111 state dimensions in D4RL and 27 or 105 in Gymnasium; mazes and Kitchen have dictionaries of other content;
+# PyBullet's and Flow's environments are not Gymnasium's.
+GYMNASIUM_IDS = {
+    r"halfcheetah-": "HalfCheetah-v4",
+    r"hopper-": "Hopper-v4",
+    r"walker2d-": "Walker2d-v4",
+    r"pen-": "AdroitHandPen-v1",
+    r"hammer-": "AdroitHandHammer-v1",
+    r"door-": "AdroitHandDoor-v1",
+    r"relocate-": "AdroitHandRelocate-v1",
+}
+
 # An unreachable server must not keep a user waiting for more than 30 s, whatever it is that does not answer.
 CONNECT_TIMEOUT, READ_TIMEOUT = 4.0, 8.0  # seconds; the second is for silence, not for the whole file
 ATTEMPTS, PAUSE = 3, 1.0  # the pause, in seconds, grows with every attempt
@@ -106,6 +120,13 @@ def _import_d4rl_infos() -> ModuleType | None:
 def episode_limit(name: str) -> int | None:
     """Returns after how many steps the environment of an id ends an episode; None for an id of none known."""
     return next((limit for pattern, limit in EPISODE_LIMITS.items() if re.match(pattern, name)), None)
+
+
+def gymnasium_id(name: str) -> str | None:
+    """Returns the Gymnasium environment that an id's data are from; None where there is none, or no such id."""
+    if name not in bundled_table():
+        return None
+    return next((env_id for pattern, env_id in GYMNASIUM_IDS.items() if re.match(pattern, name)), None)
 
 
 def cache_folder() -> Path:

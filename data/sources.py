@@ -1,28 +1,33 @@
 """From the name of a dataset to its trajectories. ``SOURCES`` lists where datasets come from.
 
-A new source takes a reader in ``formats.py`` and a row in that table.
+A new source takes a row in that table; how files are read is told in ``formats.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
-
-from data import d4rl_registry
-from data.formats import is_pickle, open_pickle, read_hdf5, read_minari, read_pickle, to_paths
-from data.trajectories import Dataset
+from data import d4rl_registry, minari
+from data.columns import Recording, Wanted
+from data.episodes import find_rules
+from data.formats import find_format, to_trajectories
+from data.hdf5 import is_hdf5, open_hdf5
+from data.joining import join_datasets, joint_name
+from data.pickles import open_pickle, to_paths
+from data.trajectories import Dataset, Finding
 from utils import InputError, atomic_write, did_you_mean
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
-MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
+KEYS_MARK = "::"  # between a name and the keys of nested observations
 
 
 def bundled_names() -> list[str]:
@@ -36,32 +41,51 @@ def load_dataset(
     """Finds a dataset, reads it into memory once and validates it.
 
     Args:
-        name: A bundled name, a D4RL id (downloaded if need be), the path of a D4RL-format HDF5 file or of a pickle of
-            ``(list of paths, metadata)``, or the id of a Minari dataset on this machine; looked up in this order.
-        dataset_path: A cache, which is such a pickle: read if it is there (and holds what ``name`` stands for), else
-            written.
+        name: A bundled name, a D4RL id (downloaded if need be), the path of a file or folder in one of ``FORMATS``, or
+            the id of a Minari dataset on this machine; looked up in this order. Where observations are nested,
+            ``NAME::KEY,KEY`` chooses what makes the state, in this order.
+        dataset_path: A cache, which is a pickle of ``(list of paths, metadata)``: read if it is there (and holds what
+            ``name`` stands for), else written.
         simulator_states: Whether to read ``infos/qpos`` and ``infos/qvel`` too.
         quiet: Whether to show no progress bar.
 
     Raises:
         InputError: If there is no such dataset, or it cannot be used.
     """
+    return load_datasets([name], dataset_path, simulator_states=simulator_states, quiet=quiet)
+
+
+def load_datasets(
+    names: Sequence[str], dataset_path: Path | None = None, *, simulator_states: bool = False, quiet: bool = False
+) -> Dataset:
+    """Loads datasets and joins them to one, whose ``parts`` say which trajectories are from which.
+
+    Args:
+        names: One name or several, as in ``load_dataset``.
+        dataset_path: A cache, as in ``load_dataset``, of all of them together.
+        simulator_states: Whether to read ``infos/qpos`` and ``infos/qvel`` too, where all of them have them.
+        quiet: Whether to show no progress bar.
+
+    Raises:
+        InputError: If one cannot be used, or states or actions are not the same in all of them.
+    """
     if dataset_path is None:
-        return _load(name, simulator_states, quiet)
+        return join_datasets([_load(name, simulator_states, quiet) for name in names])
     if dataset_path.exists():
-        return _load_cache(name, dataset_path, simulator_states)
-    dataset = _load(name, True, quiet)  # whoever reads the cache may want the simulator states
+        return _load_cache(names, dataset_path, simulator_states)
+    # Whoever reads the cache may want the simulator states.
+    dataset = join_datasets([_load(name, True, quiet) for name in names])
     _write_cache(dataset, dataset_path)
     return dataset
 
 
 def source_attributes(name: str) -> dict[str, Any]:
     """Returns what the HDF5 file behind a name says of how it was made; nothing for other formats and silent files."""
-    file = _existing_file(name)
-    if file is None or not h5py.is_hdf5(file):
+    file = existing_file(name)
+    if file is None or not is_hdf5(file):
         return {}
-    with h5py.File(file, "r") as content:
-        return dict(content.attrs)
+    with open_hdf5(file) as content:
+        return dict(content.attributes)
 
 
 # --- Where datasets come from ---
@@ -69,75 +93,121 @@ def source_attributes(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """A row of ``SOURCES``.
+    """A row of ``SOURCES``. Names come without the keys behind them.
 
     Attributes:
         has: Whether a name is one of this source's, unless an earlier source has it.
-        file: Returns the file that a name stands for, whether or not it is there; None for what is no single file.
-        load: Reads the dataset of a name. Called as ``load(name, file, simulator_states=..., quiet=...)``; the flags
-            are those of ``load_dataset``.
+        file: Returns the file or folder that a name stands for, whether or not it is there.
+        load: Reads the dataset of a name. Called as ``load(name, file, wanted, quiet)``.
     """
 
     has: Callable[[str], bool]
-    file: Callable[[str], Path | None]
-    load: Callable[..., Dataset]
+    file: Callable[[str], Path]
+    load: Callable[[str, Path, Wanted, bool], Dataset]
 
 
-def _load_file(name: str, file: Path, *, simulator_states: bool, quiet: bool) -> Dataset:
-    _check_readable(name, file)
-    read = read_pickle if is_pickle(file) else read_hdf5
-    trajectories, env_name = read(file, simulator_states)
-    return Dataset(name, env_name, _sha256(file), trajectories)
+def _load_file(name: str, file: Path, wanted: Wanted, quiet: bool) -> Dataset:
+    recording, sha256 = _read(name, file, wanted)
+    trajectories, findings = to_trajectories(recording, str(file), rules=find_rules(file.stem))
+    return Dataset(name, recording.env_name, sha256, trajectories, findings)
 
 
-def _load_d4rl(name: str, file: Path, *, simulator_states: bool, quiet: bool) -> Dataset:
+def _load_d4rl(name: str, file: Path, wanted: Wanted, quiet: bool) -> Dataset:
     try:
         d4rl_registry.fetch(name, quiet=quiet)
     except InputError as error:
         raise InputError(f"{error}; bundled datasets need no download: {_listed(bundled_names())}") from None
-    _check_readable(name, file)
-    trajectories, _ = read_hdf5(file, simulator_states, limit=d4rl_registry.episode_limit(name))
-    return Dataset(name, name, _sha256(file), trajectories)
+    recording, sha256 = _read(name, file, wanted)
+    limit = d4rl_registry.episode_limit(name)
+    trajectories, findings = to_trajectories(recording, str(file), limit, find_rules(name))
+    other = minari.local_folder(name)
+    findings += (_name_finding(name, file, f"a Minari dataset in {other}"),) if other else ()
+    return Dataset(name, name, sha256, trajectories, findings)
 
 
-def _load_minari(name: str, file: None, *, simulator_states: bool, quiet: bool) -> Dataset:
-    trajectories, env_name, digest = read_minari(name)
-    return Dataset(name, env_name, digest, trajectories)
+def _load_minari(name: str, file: Path, wanted: Wanted, quiet: bool) -> Dataset:
+    if minari.local_folder(name) is None:
+        similar = did_you_mean(name, minari.local_ids())
+        raise InputError(
+            f"Minari has no dataset {name!r} in {minari.datasets_folder()}{similar}; first: pip install "
+            f"'minari[hf,hdf5]', then: minari download {name}"
+        )
+    recording, sha256 = _read(name, file, wanted)
+    trajectories, findings = to_trajectories(recording, name)
+    if name in d4rl_registry.bundled_table():
+        findings += (_name_finding(name, file, "a D4RL id, whose file is not on this machine"),)
+    return Dataset(name, recording.env_name, sha256, trajectories, findings)
+
+
+def _name_finding(name: str, taken: Path, other: str) -> Finding:
+    return Finding(
+        name="two datasets of one name",
+        count=2,
+        where=name,
+        effect=f"{taken} was read; the name is also {other}",
+        advice="if the other is meant, give its path",
+        matters=True,
+    )
+
+
+def _d4rl_file_is_wanted(name: str) -> bool:
+    """Whether a name is D4RL's: Minari's own dataset of that id is taken where only that is on this machine."""
+    if name not in d4rl_registry.bundled_table():
+        return False
+    return minari.local_folder(name) is None or d4rl_registry.local_path(name).exists()
 
 
 # Asked in this order: the first source that has a name loads it.
 SOURCES = (
     Source(lambda name: name in bundled_names(), lambda name: BUNDLED / f"{name}.hdf5", _load_file),
-    Source(lambda name: name in d4rl_registry.bundled_table(), d4rl_registry.local_path, _load_d4rl),
+    Source(_d4rl_file_is_wanted, d4rl_registry.local_path, _load_d4rl),
     Source(lambda name: Path(name).exists(), Path, _load_file),
-    Source(lambda name: MINARI_ID.fullmatch(name) is not None, lambda name: None, _load_minari),
+    Source(
+        lambda name: minari.local_folder(name) is not None or ("/" in name and minari.ID.fullmatch(name) is not None),
+        lambda name: minari.datasets_folder() / name,
+        _load_minari,
+    ),
 )
 
 
-def _find_source(name: str) -> Source | None:
-    return next((source for source in SOURCES if source.has(name)), None)
-
-
 def _load(name: str, simulator_states: bool, quiet: bool) -> Dataset:
-    source = _find_source(name)
+    base, keys = _split(name)
+    source = _find_source(base)
     if source is None:
-        raise InputError(_unknown(name))
-    return source.load(name, source.file(name), simulator_states=simulator_states, quiet=quiet)
+        raise InputError(_unknown(base))
+    dataset = source.load(base, source.file(base), Wanted(simulator_states, keys), quiet)
+    return dataclasses.replace(dataset, name=name)
 
 
-def _existing_file(name: str) -> Path | None:
-    """Returns the file that a name stands for, where it is on this machine."""
-    source = _find_source(name)
-    file = source.file(name) if source else None
+def _split(name: str) -> tuple[str, tuple[str, ...]]:
+    """Takes a name apart from the keys behind it."""
+    base, mark, keys = name.partition(KEYS_MARK)
+    if not mark or Path(name).exists():
+        return name, ()
+    chosen = tuple(filter(None, keys.split(",")))
+    if not chosen:
+        raise InputError(f"dataset {name!r} names no key behind {KEYS_MARK!r}; give NAME::KEY,KEY or the name alone")
+    return base, chosen
+
+
+def _find_source(base: str) -> Source | None:
+    return next((source for source in SOURCES if source.has(base)), None)
+
+
+def existing_file(name: str) -> Path | None:
+    """Returns the file that a name stands for, where it is one and on this machine."""
+    base, _ = _split(name)
+    source = _find_source(base)
+    file = source.file(base) if source else None
     return file if file and file.is_file() else None
 
 
 def _unknown(name: str) -> str:
-    known = [*bundled_names(), *d4rl_registry.usable_ids()]
+    known = [*bundled_names(), *d4rl_registry.usable_ids(), *minari.local_ids()]
     return (
         f"dataset {name!r} is neither a known name nor a file{did_you_mean(name, known)}; give a path, a D4RL id with "
-        "float vectors (CARLA's and Atari's images and minigrid's discrete actions cannot be learned), or a bundled "
-        f"name: {_listed(bundled_names())}"
+        "float vectors (CARLA's and Atari's images and minigrid's discrete actions cannot be learned), the id of a "
+        f"Minari dataset on this machine, or a bundled name: {_listed(bundled_names())}"
     )
 
 
@@ -145,11 +215,22 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _check_readable(name: str, file: Path) -> None:
-    if not file.is_file():
-        raise InputError(f"dataset {name!r} is a folder or a device, expected a file; give the path of a data file")
+# --- Reading ---
+
+
+def _read(name: str, file: Path, wanted: Wanted) -> tuple[Recording, str]:
+    """Reads a file or folder, and takes its digest meanwhile."""
+    if not file.exists() or not (file.is_file() or minari.is_minari(file)):
+        raise InputError(
+            f"dataset {name!r} is a folder or a device, expected a file (or a folder with data/{minari.MAIN_FILE}); "
+            "give the path of a data file"
+        )
     if not os.access(file, os.R_OK):
         raise InputError(f"{file} may not be read; change its permissions")
+    with ThreadPoolExecutor(1) as thread:
+        digest = thread.submit(_sha256, file) if file.is_file() else None
+        recording = find_format(file).read(file, wanted)
+        return recording, recording.sha256 or digest.result()
 
 
 def _sha256(file: Path) -> str:
@@ -163,27 +244,32 @@ def _sha256(file: Path) -> str:
 # --- The cache ---
 
 
-def _load_cache(name: str, dataset_path: Path, simulator_states: bool) -> Dataset:
-    """Loads a cache, if it was made of what ``name`` stands for.
+def _load_cache(names: Sequence[str], dataset_path: Path, simulator_states: bool) -> Dataset:
+    """Loads a cache, if it was made of what the names stand for.
 
-    A source that is gone, or has no file, cannot be compared with: then the name decides alone.
+    A source that is gone, or is not one file, cannot be compared with: then the names decide alone.
     """
-    remedy = "give another --dataset_path, or delete that file to have it made again"
+    remedy = "give another --dataset_path, under which it will be made again"
     if not dataset_path.is_file():
         raise InputError(f"--dataset_path {dataset_path} is a folder or a device, expected a file; {remedy}")
-    cache = open_pickle(dataset_path)
+    cache, name = open_pickle(dataset_path), joint_name(names)
     if cache.dataset != name:
         raise InputError(f"{dataset_path} holds dataset {cache.dataset!r}, asked for was {name!r}; {remedy}")
     if cache.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", cache.sha256):
         raise InputError(f"{dataset_path} has the sha256 {cache.sha256!r}; expected 64 hexadecimal digits; {remedy}")
-    source = _existing_file(name)
-    if cache.sha256 is not None and source and cache.sha256 != (found := _sha256(source)):
-        raise InputError(
-            f"{dataset_path} was made of another {name!r} (sha256 {cache.sha256:.12}) than {source} is now "
-            f"({found:.12}); {remedy}"
-        )
-    trajectories = cache.trajectories(simulator_states)
-    return Dataset(name, cache.env_name, cache.sha256 or _sha256(dataset_path), trajectories)
+    made_of = [part.sha256 for part in cache.parts] or [cache.sha256]
+    if len(made_of) != len(names):
+        raise InputError(f"{dataset_path} was made of {len(made_of)} datasets, asked for were {len(names)}; {remedy}")
+    for part, sha256 in zip(names, made_of, strict=True):
+        source = existing_file(part)
+        if sha256 is not None and source and find_format(source).is_one_file and sha256 != (found := _sha256(source)):
+            raise InputError(
+                f"{dataset_path} was made of another {part!r} (sha256 {sha256:.12}) than {source} is now "
+                f"({found:.12}); {remedy}"
+            )
+    recording = cache.read(Wanted(simulator_states))
+    trajectories, findings = to_trajectories(recording, str(dataset_path))
+    return Dataset(name, cache.env_name, cache.sha256 or _sha256(dataset_path), trajectories, findings, cache.parts)
 
 
 def _write_cache(dataset: Dataset, dataset_path: Path) -> None:

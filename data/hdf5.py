@@ -1,0 +1,215 @@
+"""HDF5 files: opening them safely, saying what is wrong with one, and D4RL's layout of them.
+
+An HDF5 file can name other files to read: by external links, external storage and virtual datasets. A file from a
+stranger must not read what is not its own, so all three are refused; entries are only ever reached through ``Group``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data.columns import Recording, Stretch, Wanted, read_columns
+from data.trajectories import Dataset
+from utils import InputError
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"  # at the start of the file, or at 512, 1024, 2048, ... bytes
+MAX_SOFT_LINKS = 16  # a link may lead to a link
+
+# With these, the file system has no locks (NFS, Lustre and others): then no lock tells whether someone writes.
+NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is HDF5, by its signature; works for files that are locked, too."""
+    size = path.stat().st_size
+    offsets = [0]
+    while (offset := max(512, 2 * offsets[-1])) < size:
+        offsets.append(offset)
+    with path.open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            if file.read(len(SIGNATURE)) == SIGNATURE:
+                return True
+    return False
+
+
+def read_d4rl(path: Path, wanted: Wanted) -> Recording:
+    """Reads a file in D4RL's layout: one array per key at the top, one row per step.
+
+    Raises:
+        InputError: If it cannot be read or learned from.
+    """
+    with open_hdf5(path) as file:
+        columns, findings = read_columns([Stretch(str(path), file)], str(path), wanted, stretches_are_episodes=False)
+        env_name = text_attribute(file, "env_name")
+    return Recording(columns, tuple(findings), env_name)
+
+
+def to_columns(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Returns a dataset as D4RL's arrays by key, ``(N, ...)``; every trajectory ends in a terminal or a timeout."""
+    fields = {key: key for key in ("observations", "actions", "rewards", "next_observations")}
+    fields |= {"infos/qpos": "qpos", "infos/qvel": "qvel"}
+    columns = {
+        key: np.concatenate([getattr(trajectory, field) for trajectory in dataset.trajectories])
+        for key, field in fields.items()
+        if getattr(dataset.trajectories[0], field) is not None
+    }
+    ends = np.cumsum([len(trajectory) for trajectory in dataset.trajectories]) - 1
+    terminated = np.array([trajectory.terminated for trajectory in dataset.trajectories])
+    for key, rows in (("terminals", ends[terminated]), ("timeouts", ends[~terminated])):
+        columns[key] = np.zeros(dataset.num_rows, bool)
+        columns[key][rows] = True
+    return columns
+
+
+# --- Entries ---
+
+
+class Group(Mapping[str, Any]):
+    """A group of an HDF5 file by key: further groups and arrays, all of them in this file.
+
+    A key may be a path, such as ``infos/qpos``.
+    """
+
+    def __init__(self, group: h5py.Group, path: Path) -> None:
+        self._group, self._path = group, path
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """The group's attributes."""
+        return self._group.attrs
+
+    def __getitem__(self, key: str) -> Group | h5py.Dataset:
+        """Returns an entry.
+
+        Raises:
+            KeyError: If there is none.
+            InputError: If it stands in another file.
+        """
+        entry = self._find(self._group, key, MAX_SOFT_LINKS)
+        return Group(entry, self._path) if isinstance(entry, h5py.Group) else entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def _find(self, group: h5py.Group, key: str, links_left: int) -> h5py.Group | h5py.Dataset:
+        entry = group.file["/"] if key.startswith("/") else group
+        for part in filter(None, key.split("/")):
+            if not isinstance(entry, h5py.Group) or part not in entry:
+                raise KeyError(key)
+            try:
+                link = entry.get(part, getlink=True)
+            except TypeError:  # a kind of link that HDF5 itself does not know
+                raise self._refused(key, "a link of an unknown kind") from None
+            if isinstance(link, h5py.ExternalLink):
+                raise self._refused(key, f"a link to another file, {link.filename!r}")
+            if isinstance(link, h5py.SoftLink):
+                if links_left == 0:
+                    raise self._refused(key, "a link that leads to too many others")
+                entry = self._find(entry, link.path, links_left - 1)
+                continue
+            try:
+                entry = entry[part]
+            except KeyError as error:  # the link is there, but what it leads to is damaged
+                raise OSError(str(error)) from None
+        if isinstance(entry, h5py.Dataset):
+            if entry.is_virtual:
+                raise self._refused(key, "a virtual dataset, which is made of other files' arrays")
+            if entry.external:
+                raise self._refused(key, f"stored in another file, {entry.external[0][0]!r}")
+        elif not isinstance(entry, h5py.Group):
+            raise KeyError(key)
+        return entry
+
+    def _refused(self, key: str, kind: str) -> InputError:
+        return InputError(
+            f"{self._path}: {key!r} is {kind}; only what is in the file itself is read: copy the data into one file "
+            "(h5repack, or read and write them with h5py)"
+        )
+
+
+def text_attribute(group: Group, name: str) -> str | None:
+    """Returns an attribute as text; None where there is none."""
+    value = group.attributes.get(name)
+    return value.decode(errors="replace") if isinstance(value, bytes) else None if value is None else str(value)
+
+
+# --- Opening ---
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[Group]:
+    """Opens a file for reading, and says in words what HDF5 cannot read in it.
+
+    Where the file system has no locks, the file is read without. A file that a writer has locked is refused, unless
+    both sides have agreed on HDF5's single-writer multiple-reader mode.
+
+    Raises:
+        InputError: If the file cannot be opened, or reading it in the block fails.
+    """
+    try:
+        with _open(path) as file:
+            yield Group(file, path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(_explain(path, str(error))) from None
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if _lock_errno(str(error)) in NO_LOCKS:
+            return h5py.File(path, "r", locking=False)
+        if "already open for write" in str(error):
+            with contextlib.suppress(OSError):
+                return h5py.File(path, "r", swmr=True)
+        raise
+
+
+def _lock_errno(message: str) -> int | None:
+    """Returns why a lock could not be had; None for another error."""
+    match = re.search(r"unable to lock file, errno = (\d+)", message)
+    return int(match[1]) if match else None
+
+
+def _explain(path: Path, message: str) -> str:
+    """Says why HDF5 could not read a file, and what to do."""
+    again = "compare its size or checksum with the source's, and fetch it again under another name"
+    if _lock_errno(message) is not None:
+        return (
+            f"{path} is being written: {_holder(path)} has locked it; wait until that is closed, or read a copy. If "
+            "nobody writes it, set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if "already open for write" in message:
+        return (
+            f"{path} is marked as open for writing: its writer is still at work, or ended without closing it; wait, or "
+            "copy the file and clear the mark of the copy: h5clear -s COPY"
+        )
+    if "truncated" in message or path.stat().st_size == 0:
+        return f"{path} is truncated (incomplete): a download or copy of it was cut off, or is still going on; {again}"
+    return f"{path} is damaged, HDF5 cannot read it ({' '.join(message.split())[:200]}); {again}"
+
+
+def _holder(path: Path) -> str:
+    """Returns who has locked a file, as far as this machine knows."""
+    status = path.stat()
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            match = re.search(r"WRITE\s+(\d+)\s+(\S+)", line)
+            if match and match[2] == file:
+                name = Path(f"/proc/{match[1]}/comm").read_text().strip()
+                return f"process {match[1]} ({name})"
+    return "another process, perhaps on another machine,"

@@ -1,0 +1,94 @@
+"""NumPy's ``.npz`` files: arrays by key, one row per step, as OGBench publishes them and as people log their own.
+
+OGBench's files have no rewards, and a state more per episode than transitions: its ``terminals`` mark that last row.
+Arrays of Python objects could run code when they are read, so they are not.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.columns import Recording, Stretch, Wanted, read_columns
+from utils import InputError
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SUFFIX = ".npy"
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is a zip archive, which is what ``.npz`` files are."""
+    return zipfile.is_zipfile(path)
+
+
+def read_npz(path: Path, wanted: Wanted) -> Recording:
+    """Reads a ``.npz`` file under D4RL's keys.
+
+    Raises:
+        InputError: If it cannot be read or learned from.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stretch = Stretch(str(path), _Arrays(archive))
+            columns, findings = read_columns([stretch], str(path), wanted, stretches_are_episodes=False)
+            env_name = stretch.entries.get("env_name")
+            env_name = str(env_name[...]) if env_name is not None and env_name.dtype.kind == "U" else None
+    except InputError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{path} cannot be read as .npz ({' '.join(str(error).split())[:200]}); expected what np.savez writes: "
+            "compare its size or checksum with the source's, and fetch it again under another name"
+        ) from None
+    return Recording(columns, tuple(findings), env_name)
+
+
+class _Array:
+    """An array in an archive: its shape and type are known, its values are read by ``array[...]``."""
+
+    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+        self._archive, self._name = archive, name
+        with archive.open(name) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in HEADERS:
+                raise ValueError(f"{name} has the unknown version {version}")
+            self.shape, _, self.dtype = HEADERS[version](file)
+        if archive.getinfo(name).file_size < math.prod(self.shape) * self.dtype.itemsize and not self.dtype.hasobject:
+            raise ValueError(f"{name} is shorter than its shape {self.shape}")
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with self._archive.open(self._name) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)[index]
+
+    def astype(self, dtype: type) -> np.ndarray:
+        """Returns all values as another type."""
+        return self[...].astype(dtype)
+
+
+class _Arrays(Mapping[str, Any]):
+    """The arrays of an archive by name; names with ``/`` are nested mappings."""
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str = "") -> None:
+        self._archive, self._prefix = archive, prefix
+        names = (name for name in archive.namelist() if name.startswith(prefix) and name.endswith(SUFFIX))
+        inner = (name[len(prefix) :].removesuffix(SUFFIX).split("/", 1) for name in names)
+        self._keys = {key: bool(rest) for key, *rest in inner if key}
+
+    def __getitem__(self, key: str) -> _Array | _Arrays:
+        if key not in self._keys:
+            raise KeyError(key)
+        if self._keys[key]:
+            return _Arrays(self._archive, f"{self._prefix}{key}/")
+        return _Array(self._archive, f"{self._prefix}{key}{SUFFIX}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
