@@ -84,8 +84,9 @@ $(VENV)/.installed: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+DEV := requirements-dev.txt requirements-envs.txt requirements-export.txt
+$(VENV)/.installed-dev: $(DEV) $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(DEV:%=-r %)
 	touch $@
 
 $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
