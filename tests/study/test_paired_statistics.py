@@ -143,7 +143,7 @@ def simulated_spreads(random, ratio, scale=1.0):
 
 def test_spreads_interval_covers_what_it_promises():
     random = np.random.default_rng(5)
-    draws = [simulated_spreads(random, ratio=3) for _ in range(2000)]
+    draws = [simulated_spreads(random, ratio=3) for _ in range(1000)]
     assert np.mean([draw.low <= 3 <= draw.high for draw in draws]) == pytest.approx(0.95, abs=0.015)
 
 
