@@ -96,7 +96,7 @@ def export_model(models: Sequence[DynamicsModel], metadata: dict[str, Any], fold
         raise ValueError(f"the model's metadata cannot be written as JSON: {error}") from error
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
-    safetensors.save_file(tensors, temporary / _WEIGHTS)
+    (temporary / _WEIGHTS).write_bytes(safetensors.save(tensors))  # its save_file makes a file that is private
     (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     temporary.rename(folder)
 

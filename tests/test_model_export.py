@@ -61,6 +61,9 @@ def test_model_comes_back_to_the_bit(member_class, two_members, options, holdout
     assert [model.__getstate__() for model in imported] == [model.__getstate__() for model in models]
     assert not any(model.training or next(model.parameters()).requires_grad for model in imported)
     assert {path.name for path in tmp_path.rglob("*")} == {"exported", "model.json", "model.safetensors"}
+    assert len({path.stat().st_mode for path in (tmp_path / "exported").iterdir()}) == 1, (
+        "who may read one may read both"
+    )
 
 
 def test_dimensions_that_never_change_are_exported_too(unit_normalisation, constant_member, tmp_path):
