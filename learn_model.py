@@ -22,8 +22,10 @@ from config import LearnConfig, load_config
 from utils import ROOT, InputError, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    from data.splits import Split
-    from data.trajectories import Dataset
+    from collections.abc import Sequence
+
+    from data.splits import Division
+    from data.trajectories import Dataset, Finding
     from dynamics_model import DynamicsEnsemble
     from tracking.run_folder import RunFolder
     from tracking.trackers import Tracker
@@ -57,34 +59,32 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         config = load_config(args.config, args.params)
         if args.seed is not None:
             config = dataclasses.replace(config, seed=args.seed)
-        holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None
+        holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None or args.holdout_dataset is not None
         if config.patience is not None and not holds_out:
             raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.2")
         check_outputs(args)
         device = choose_device(args.device)
 
-        from data.sources import load_dataset
-        from data.splits import check_shares, divide
-        from data.trajectories import gather_transitions
+        from data.audit import audit
+        from data.sources import load_datasets
+        from tracking.trackers import warn
         from training.batches import normalise_rows
         from training.build import build_ensemble, find_kind
 
         find_kind(config)
-        check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio)
-        dataset = load_dataset(args.dataset, args.dataset_path, quiet=args.quiet)
-        division = divide(
-            dataset,
-            config.seed if config.split_seed is None else config.split_seed,
-            holdout_ratio=args.holdout_ratio,
-            holdout_samples=args.holdout_samples,
-            test_ratio=args.test_ratio,
-        )
-        divided, split = division.dataset, division.split
-        transitions = gather_transitions(divided, split.train)
+        check_division(args)
+        dataset = load_datasets(args.dataset, args.dataset_path, quiet=args.quiet)
+        division = divide_dataset(args, config, dataset)
+        findings = [*audit(dataset), *division.findings()]
+        for finding in findings:
+            if finding.matters:
+                warn(str(finding))
+        transitions = division.training()
+        check_rewards(config, division)
         ensemble = build_ensemble(config, transitions).to(device)
-        run = open_run(args, config, dataset)
+        run = open_run(args, config, division, findings)
         checkpoint = run.load_checkpoint(device)
-        tracker = open_trackers(args, dataset, ensemble, run, checkpoint)
+        tracker = open_trackers(args, dataset, ensemble, run, checkpoint, findings)
 
     from reporting.learning_curves import plot_learning_curves
     from tracking.run_folder import RunOutcome
@@ -95,11 +95,10 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
     try:
         with tracker:
             train = normalise_rows(ensemble, transitions)
-            holdout = normalise_rows(ensemble, gather_transitions(divided, split.holdout)) if holds_out else None
-            if holds_out:
-                ensemble.holdout_idx = division.holdout_rows()
+            holdout = normalise_rows(ensemble, division.holdout()) if holds_out else None
+            ensemble.holdout_idx = division.holdout_rows()
             if not args.quiet:
-                print(describe(config, dataset, split, len(train.inputs), device, run), file=sys.stderr)
+                print(describe(config, division, len(train.inputs), device, run), file=sys.stderr)
             score_every = 1 if args.track_training else TRAIN_SCORE_EVERY
             for epoch in train_ensemble(
                 ensemble, config, train, holdout, score_every=score_every, checkpoint=checkpoint
@@ -111,12 +110,12 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
 
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
-            metadata = build_metadata(config, ensemble.kind, dataset, split, scores, elites, run)
+            metadata = build_metadata(config, ensemble.kind, division, findings, scores, elites, run)
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
             curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
             summary = Summary(mean_scores(scores), members=scores, elites=elites)
-            tracker.finish(summary, [run.config_yaml, run.metrics_csv, curves, args.output])
+            tracker.finish(summary, [run.config_yaml, run.metrics_csv, run.audit_md, curves, args.output])
     except FloatingPointError as error:
         print(f"error: {error}; its metrics are in {run.metrics_csv}", file=sys.stderr)
         return 1
@@ -145,8 +144,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         required=True,
-        help="a bundled name (hopper-medium-demo, ...), a D4RL id (hopper-medium-v0), a Minari id, a D4RL-format .hdf5 "
-        "file, or a pickle of (paths, metadata)",
+        nargs="+",
+        metavar="NAME",
+        help="a bundled name (hopper-medium-demo, ...), a D4RL id (hopper-medium-v0), a Minari id, or a file in one of "
+        "the formats that the README lists; several are learned from together",
     )
     parser.add_argument(
         "--config", required=True, type=Path, help="YAML file of settings; what it leaves out keeps its default"
@@ -173,6 +174,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--holdout_samples", type=int, metavar="N", help="hold out whole trajectories until N rows are held out"
+    )
+    parser.add_argument(
+        "--holdout_blocks",
+        type=int,
+        metavar="N",
+        help="cut every trajectory into N contiguous blocks, and hold out (and test on) whole blocks, with a gap to "
+        "the rows that train (default: 10 where there are too few trajectories to hold out whole ones, else none)",
+    )
+    parser.add_argument(
+        "--holdout_dataset",
+        metavar="NAME",
+        help="hold out this dataset, less its copies of training trajectories, instead of a share of --dataset",
     )
     parser.add_argument(
         "--test_ratio",
@@ -224,8 +237,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise InputError(
             f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
         )
-    bundled = ROOT / "data" / "bundled" / f"{args.dataset}.hdf5"
-    taken = {bundled: "--dataset", Path(args.dataset).resolve(): "--dataset", args.config.resolve(): "--config"}
+    taken = {args.config.resolve(): "--config"}
+    for flag, names in (("--dataset", args.dataset), ("--holdout_dataset", [args.holdout_dataset or "."])):
+        for name in names:
+            taken |= {ROOT / "data" / "bundled" / f"{name}.hdf5": flag, Path(name).resolve(): flag}
     for flag, path in (("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)):
         if path is None:
             continue
@@ -237,10 +252,70 @@ def check_outputs(args: argparse.Namespace) -> None:
             )
 
 
-def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> RunFolder:
+# --- The data ---
+
+
+def check_division(args: argparse.Namespace) -> None:
+    """Checks what is asked to be held out, as far as that can be done before a dataset is loaded.
+
+    Raises:
+        InputError: If it cannot be.
+    """
+    from data.splits import check_shares
+
+    check_shares(args.holdout_ratio, args.holdout_samples, args.test_ratio, args.holdout_blocks)
+    if args.holdout_dataset is not None and (args.holdout_ratio or args.holdout_samples is not None):
+        raise InputError(
+            "--holdout_dataset holds out all that it names; leave --holdout_ratio and --holdout_samples out"
+        )
+    if args.holdout_blocks is not None and not (args.holdout_ratio or args.holdout_samples or args.test_ratio):
+        raise InputError("--holdout_blocks says how rows are held out, not how many; add --holdout_ratio 0.2")
+    if repeated := next((name for name in args.dataset if args.dataset.count(name) > 1), None):
+        raise InputError(f"dataset {repeated!r} is given twice; give every dataset once")
+
+
+def divide_dataset(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) -> Division:
+    """Divides a dataset into what trains, what validates and what tests."""
+    from data.sources import load_dataset
+    from data.splits import divide
+
+    division = divide(
+        dataset,
+        config.seed if config.split_seed is None else config.split_seed,
+        holdout_ratio=args.holdout_ratio,
+        holdout_samples=args.holdout_samples,
+        test_ratio=args.test_ratio,
+        blocks=args.holdout_blocks,
+    )
+    if args.holdout_dataset is not None:
+        division = division.with_holdout(load_dataset(args.holdout_dataset, quiet=args.quiet))
+    return division
+
+
+def check_rewards(config: LearnConfig, division: Division) -> None:
+    """Checks that there are rewards where they are to be learned.
+
+    Raises:
+        InputError: If there are not.
+    """
+    for dataset in (division.dataset, division.holdout_dataset):
+        if config.learn_reward and dataset is not None and dataset.trajectories[0].rewards is None:
+            raise InputError(
+                f"learn_reward is true, but {dataset.name} has no rewards; give learn_reward=false or other data"
+            )
+
+
+# --- The run ---
+
+
+def open_run(
+    args: argparse.Namespace, config: LearnConfig, division: Division, findings: Sequence[Finding]
+) -> RunFolder:
     """Finds the run to resume, or makes a new one."""
+    from data.audit import to_markdown
     from tracking.run_folder import RunFolder, RunOrigin, RunRequest, unique_name
 
+    dataset, held_out = division.whole, division.holdout_dataset
     request = RunRequest(
         dataset=dataset.name,
         sha256=dataset.sha256,
@@ -249,16 +324,21 @@ def open_run(args: argparse.Namespace, config: LearnConfig, dataset: Dataset) ->
         test_ratio=args.test_ratio,
         track_training=args.track_training,
         config=config.to_dict(),
+        holdout_blocks=args.holdout_blocks,
+        holdout_dataset=None if held_out is None else held_out.name,
+        holdout_sha256=None if held_out is None else held_out.sha256,
     )
     run = None
     if args.resume:
         run = RunFolder.find_unfinished(LOGS, args.run_name, request, defaults=LearnConfig().to_dict())
     if run is None:
-        stem = f"{Path(dataset.name).stem}-{args.config.stem}-s{config.seed}"
-        run = RunFolder.create(LOGS, args.run_name or unique_name(LOGS, stem), request, RunOrigin.here(), args.csv)
+        names = "+".join(Path(name).stem for name in args.dataset)
+        stem = f"{names}-{args.config.stem}-s{config.seed}"
+        run_name = args.run_name or unique_name(LOGS, stem)
+        run = RunFolder.create(LOGS, run_name, request, RunOrigin.here(), args.csv, map(dataclasses.asdict, findings))
     elif args.csv is not None and args.csv.resolve() != run.metrics_csv.resolve():
         raise InputError(f"run {run.name!r} has its metrics in {run.metrics_csv}, not in {args.csv}; leave --csv out")
-    run.hold(config.to_yaml())
+    run.hold(config.to_yaml(), to_markdown(findings))
     return run
 
 
@@ -268,6 +348,7 @@ def open_trackers(
     ensemble: DynamicsEnsemble,
     run: RunFolder,
     checkpoint: dict[str, Any] | None,
+    findings: Sequence[Finding],
 ) -> Tracker:
     """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
     from tracking.csv_tracker import CsvTracker
@@ -276,14 +357,14 @@ def open_trackers(
     from training.scores import metric_columns
 
     request = run.record.request
+    held_out_by = ("holdout_ratio", "holdout_samples", "holdout_blocks", "holdout_dataset", "test_ratio")
     epochs = None if checkpoint is None else checkpoint["epochs"]
     try:
         csv_tracker = CsvTracker(run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
         mlflow_tracker = MlflowTracker(
             run_name=run.name,
-            params=request.config
-            | {name: getattr(request, name) for name in ("holdout_ratio", "holdout_samples", "test_ratio")},
-            tags={"kind": ensemble.kind},
+            params=request.config | {name: getattr(request, name) for name in held_out_by},
+            tags={"kind": ensemble.kind, "audit": ", ".join(f"{each.name}: {each.count}" for each in findings)},
             dataset=DatasetInfo(dataset.name, dataset.sha256, dataset.num_rows, len(dataset.trajectories)),
             ensemble_size=len(ensemble),
             resume_run_id=run.record.mlflow_run_id,
@@ -304,8 +385,8 @@ def open_trackers(
 def build_metadata(
     config: LearnConfig,
     kind: str,
-    dataset: Dataset,
-    split: Split,
+    division: Division,
+    findings: Sequence[Finding],
     scores: list[dict[str, float | None]],
     elites: list[int],
     run: RunFolder,
@@ -313,6 +394,7 @@ def build_metadata(
     """Returns what ``model.pkl`` says of itself, in plain Python types."""
     from dynamics_model import FORMAT_VERSION
 
+    dataset, split, held_out = division.whole, division.split, division.holdout_dataset
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -323,7 +405,12 @@ def build_metadata(
             "sha256": dataset.sha256,
             "rows": dataset.num_rows,
             "trajectories": len(dataset.trajectories),
+            "parts": [dataclasses.asdict(part) for part in dataset.parts],
+            "pieces": None if division.pieces is None else [list(piece) for piece in division.pieces],
             "split": {field.name: getattr(split, field.name).tolist() for field in dataclasses.fields(split)},
+            "holdout_dataset": None if held_out is None else {"name": held_out.name, "sha256": held_out.sha256},
+            "training_fingerprints": division.training_fingerprints(),
+            "findings": [dataclasses.asdict(finding) for finding in findings],
         },
         "scores": scores,
         "elites": elites,
@@ -335,15 +422,19 @@ def build_metadata(
     }
 
 
-def describe(config: LearnConfig, dataset: Dataset, split: Split, rows: int, device: str, run: RunFolder) -> str:
+def describe(config: LearnConfig, division: Division, rows: int, device: str, run: RunFolder) -> str:
     """Returns what is about to happen, in two lines."""
     from training.hardware import reduced_epochs
 
     rounded = reduced_epochs(config, device.startswith("cuda"))
     precision = f" (products rounded in {rounded} of {config.fit_epochs} epochs)" if rounded else ""
     kind, widths = config.kind_of_ensemble, "x".join(map(str, config.hidden_size))
+    split, unit = division.split, "trajectories" if division.pieces is None else "pieces"
+    held_out = f"{len(split.holdout)} held out"
+    if division.holdout_dataset is not None:
+        held_out = f"{len(division.holdout_dataset.trajectories)} of {division.holdout_dataset.name} held out"
     return (
-        f"{dataset.name}: {rows} training rows of {len(split.train)} trajectories, {len(split.holdout)} held out\n"
+        f"{division.whole.name}: {rows} training rows of {len(split.train)} {unit}, {held_out}\n"
         f"{config.ensemble_size} {kind} members, layers {widths}, on {device}{precision}; run {run.name}"
     )
 

@@ -224,7 +224,7 @@ def tracked_training(name: str, config: LearnConfig, scratch: Path) -> list[dict
     with inside(scratch):
         request = RunRequest(dataset.name, dataset.sha256, HOLDOUT_RATIO, None, 0.0, True, config.to_dict())
         run = RunFolder.create(Path("logs"), name, request, RunOrigin.here())
-        run.hold(config.to_yaml())
+        run.hold(config.to_yaml(), "")
         tracker = Trackers(
             [
                 CsvTracker(run.metrics_csv, metric_columns(ensemble)),

@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from data.trajectories import Dataset, Finding, Trajectory
+from data.trajectories import Dataset, Finding, Trajectory, Transitions, gather_transitions
 from utils import InputError
 
 BLOCKS = 10  # into which a recording is cut where there are too few trajectories to divide
@@ -49,40 +49,95 @@ class Division:
         dataset: What ``split`` has the indices of: the same, or its pieces.
         split: Who trains, validates and tests.
         pieces: What each trajectory of ``dataset`` is of the whole ones; None where they are whole.
+        holdout_dataset: What validates, where that is a dataset of its own, less copies of training trajectories.
+        copies_left_out: How many of its trajectories these were.
     """
 
     whole: Dataset
     dataset: Dataset
     split: Split
     pieces: tuple[Piece, ...] | None = None
+    holdout_dataset: Dataset | None = None
+    copies_left_out: int = 0
 
-    def findings(self) -> list[Finding]:
-        """Returns what must be known of the division: that recordings were divided inside."""
-        if self.pieces is None:
-            return []
-        found = Finding(
-            name="recordings divided in blocks",
-            count=len(self.pieces),
-            where=f"{len(self.whole.trajectories):,} trajectories in {len(self.pieces):,} pieces",
-            effect="pieces of one recording are on both sides of the split, with a gap between them: errors on held-"
-            "out pieces say less about another recording than whole trajectories would",
-            advice="record more trajectories, or hold out another recording by --holdout_dataset",
-            matters=True,
-        )
-        return [found]
+    def with_holdout(self, other: Dataset) -> Division:
+        """Returns the same with a dataset of its own to validate.
 
-    def holdout_rows(self) -> np.ndarray:
+        Raises:
+            InputError: If it has other dimensions, or nothing but copies of training trajectories.
+        """
+        shapes = [f"{d.state_dim} state and {d.action_dim} action dimensions" for d in (other, self.whole)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"--holdout_dataset {other.name} has {shapes[0]}, but {self.whole.name} has {shapes[1]}; give data of "
+                "the same environment"
+            )
+        kept = unlike(other.trajectories, self.training_fingerprints())
+        if not sum(other.trajectories[index].num_transitions for index in kept):
+            raise InputError(
+                f"--holdout_dataset {other.name} has nothing but copies of training trajectories; give another"
+            )
+        left_out = len(other.trajectories) - len(kept)
+        other = dataclasses.replace(other, trajectories=[other.trajectories[index] for index in kept])
+        return dataclasses.replace(self, holdout_dataset=other, copies_left_out=left_out)
+
+    def training(self) -> Transitions:
+        """Returns the transitions that train."""
+        return gather_transitions(self.dataset, self.split.train)
+
+    def holdout(self) -> Transitions | None:
+        """Returns the transitions that validate, if there are any."""
+        if self.holdout_dataset is not None:
+            return gather_transitions(self.holdout_dataset, np.arange(len(self.holdout_dataset.trajectories)))
+        return gather_transitions(self.dataset, self.split.holdout) if self.split.holdout.size else None
+
+    def training_fingerprints(self) -> list[str]:
+        """Returns the fingerprints of all whole trajectories of which something trains, sorted."""
+        indices = self.split.train.tolist()
+        if self.pieces is not None:
+            indices = {self.pieces[index].trajectory for index in indices}
+        return sorted(fingerprints(self.whole.trajectories[index] for index in indices))
+
+    def holdout_rows(self) -> np.ndarray | None:
         """Returns where held-out rows are in the concatenation of ``observations[:-1]`` over all whole trajectories.
 
         Published planners index held-out rows like this (``model.holdout_idx``), whether or not the file has next
-        observations.
+        observations. None where none of this dataset are held out.
         """
         ends = np.cumsum([len(trajectory) - 1 for trajectory in self.whole.trajectories])
         starts = np.concatenate(([0], ends[:-1]))
         pieces = self.pieces or [Piece(index, 0, len(t)) for index, t in enumerate(self.whole.trajectories)]
         held_out = [pieces[index] for index in self.split.holdout]
         rows = [starts[piece.trajectory] + np.arange(piece.start, piece.stop - 1) for piece in held_out]
-        return np.concatenate(rows) if rows else np.empty(0, np.int64)
+        return np.concatenate(rows) if sum(map(len, rows)) else None
+
+    def findings(self) -> list[Finding]:
+        """Returns what must be known of the division."""
+        findings = []
+        if self.pieces is not None:
+            findings.append(
+                Finding(
+                    name="recordings divided in blocks",
+                    count=len(self.pieces),
+                    where=f"{len(self.whole.trajectories):,} trajectories in {len(self.pieces):,} pieces",
+                    effect="pieces of one recording are on both sides of the split, with a gap between them: errors on "
+                    "held-out pieces say less about another recording than whole trajectories would",
+                    advice="record more trajectories, or hold out another recording by --holdout_dataset",
+                    matters=True,
+                )
+            )
+        if self.copies_left_out:
+            findings.append(
+                Finding(
+                    name="copies in the holdout dataset",
+                    count=self.copies_left_out,
+                    where=self.holdout_dataset.name,
+                    effect="these trajectories equal training ones, so they were left out of the holdout",
+                    advice="nothing to do",
+                    matters=True,
+                )
+            )
+        return findings
 
 
 def divide(
@@ -284,6 +339,12 @@ def fingerprints(trajectories: Iterable[Trajectory]) -> list[str]:
             digest.update(np.ascontiguousarray(part, dtype=np.float32))
         digests.append(digest.hexdigest())
     return digests
+
+
+def unlike(trajectories: Sequence[Trajectory], known: Collection[str]) -> np.ndarray:
+    """Returns the indices of the trajectories whose fingerprint is none of the known ones."""
+    digests = fingerprints(trajectories)
+    return np.flatnonzero(~np.isin(digests, list(known))) if digests else np.empty(0, np.int64)
 
 
 # --- Blocks of long recordings ---

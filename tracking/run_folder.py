@@ -2,6 +2,7 @@
 
 config.yaml   the effective configuration, written before the first step; ``--config`` takes it to train the same model
 run.json      a ``RunRecord``: what was asked for (dataset, holdout, configuration), the code's commit, how it ended
+audit.md      what was found about the dataset, as a table
 metrics.csv   one row per epoch and member (elsewhere with ``--csv``)
 checkpoint    everything needed to continue after the last finished epoch; removed when the run has finished
 """
@@ -16,6 +17,7 @@ import os
 import shlex
 import sys
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +42,9 @@ class RunRequest:
         test_ratio: Share of the rows that neither train nor select anything, from 0 to 1.
         track_training: Whether training rows are scored after every epoch.
         config: Every setting of the configuration by name, as plain values (numbers, strings, lists, None).
+        holdout_blocks: Into how many blocks trajectories are cut; None where that was left to the data.
+        holdout_dataset: Name of a dataset of its own that validates; None without one.
+        holdout_sha256: Checksum of its contents.
     """
 
     dataset: str
@@ -49,6 +54,9 @@ class RunRequest:
     test_ratio: float
     track_training: bool
     config: dict[str, Any]
+    holdout_blocks: int | None = None
+    holdout_dataset: str | None = None
+    holdout_sha256: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,6 +103,7 @@ class RunRecord:
         request: What decides the result of the run.
         origin: Which code and which command line began it.
         csv: Path of its metrics; None for ``metrics.csv`` in its folder.
+        findings: What was found about the dataset, each as a dictionary of plain values.
         mlflow_run_id: Id of the ensemble's MLflow run; None where no store has answered yet.
         finished: What it gave; None until it has succeeded.
     """
@@ -102,6 +111,7 @@ class RunRecord:
     request: RunRequest
     origin: RunOrigin
     csv: str | None = None
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     mlflow_run_id: str | None = None
     finished: RunOutcome | None = None
 
@@ -135,7 +145,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, logs: Path, name: str, request: RunRequest, origin: RunOrigin, csv: Path | None = None
+        cls,
+        logs: Path,
+        name: str,
+        request: RunRequest,
+        origin: RunOrigin,
+        csv: Path | None = None,
+        findings: Iterable[dict[str, Any]] = (),
     ) -> RunFolder:
         """Makes the folder of a new run; ``hold`` then writes its first files.
 
@@ -145,6 +161,7 @@ class RunFolder:
             request: What decides its result.
             origin: Which code and which command line begin it.
             csv: Where its metrics go; None for ``metrics.csv`` in the folder.
+            findings: What was found about its dataset, each as a dictionary of plain values.
 
         Raises:
             InputError: If there is a run of this name, or the folder cannot be made.
@@ -160,7 +177,7 @@ class RunFolder:
             raise InputError(
                 f"the run folder {path} cannot be made ({error.strerror}); check disk and rights"
             ) from None
-        return cls(path, RunRecord(request, origin, csv and str(csv.absolute())))
+        return cls(path, RunRecord(request, origin, csv and str(csv.absolute()), list(findings)))
 
     @classmethod
     def find_unfinished(
@@ -211,8 +228,13 @@ class RunFolder:
         """Path of its effective configuration."""
         return self.path / "config.yaml"
 
-    def hold(self, config_yaml: str) -> None:
-        """Takes the folder for this process until it ends, and writes the configuration and ``run.json``.
+    @property
+    def audit_md(self) -> Path:
+        """Path of what was found about its dataset."""
+        return self.path / "audit.md"
+
+    def hold(self, config_yaml: str, audit_md: str) -> None:
+        """Takes the folder for this process until it ends, and writes its first files: these two and ``run.json``.
 
         Raises:
             InputError: If another process trains this run, or the folder cannot be written.
@@ -224,8 +246,9 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp"):  # half-written files of a process that was killed
             leftover.unlink()
         try:
-            with atomic_write(self.config_yaml, "w") as file:
-                file.write(config_yaml)
+            for path, content in ((self.config_yaml, config_yaml), (self.audit_md, audit_md)):
+                with atomic_write(path, "w") as file:
+                    file.write(content)
             self.update()
         except OSError as error:
             if not (self.path / "run.json").exists():
@@ -278,7 +301,7 @@ class RunFolder:
     def discard(self) -> None:
         """Removes the files of a run that could not begin, and its folder unless it holds anything else."""
         self._lock.release()
-        for path in (self.config_yaml, self.path / "run.json", self.path / ".lock"):
+        for path in (self.config_yaml, self.audit_md, self.path / "run.json", self.path / ".lock"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder is not empty
             self.path.rmdir()
@@ -336,10 +359,16 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
         raise ValueError(f"{name} is {type(value).__name__}, expected {plain.__name__}")
     if not dataclasses.is_dataclass(kind):
         return value
-    fields = typing.get_type_hints(kind)
-    if different := sorted(fields.keys() ^ value.keys()):
+    types, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    # An older version did not know entries that have a default.
+    missing = {key for key, field in fields.items() if _is_required(field)} - value.keys()
+    if different := sorted(missing | (value.keys() - fields.keys())):
         raise ValueError(f"{name} has a missing or unknown entry {different[0]!r}")
-    return kind(**{field: _parse(fields[field], value[field], field) for field in fields})
+    return kind(**{key: _parse(types[key], given, key) for key, given in value.items()})
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _why_not(name: str, before: RunRequest, now: RunRequest) -> str:

@@ -23,7 +23,9 @@ REQUEST = RunRequest(
 ORIGIN = RunOrigin(git_commit=None, versions={"python": "3.11"}, command="learn_model.py --dataset hopper")
 OUTCOME = RunOutcome("model.pkl", [{"val_mse": 0.5, "nll": None}], [0])
 
-# What the first version wrote, before there was a setting called kind.
+FINDINGS = [{"name": "copies", "count": 2, "matters": True}]
+
+# What the first version wrote, before there was a setting called kind, other ways to hold out, or an audit.
 OLD_RECORD = {
     "request": {
         "dataset": "hopper",
@@ -42,8 +44,8 @@ OLD_RECORD = {
 
 
 def begin(logs, name="run", request=REQUEST):
-    run = RunFolder.create(logs, name, request, ORIGIN)
-    run.hold("seed: 0\n")
+    run = RunFolder.create(logs, name, request, ORIGIN, findings=FINDINGS)
+    run.hold("seed: 0\n", "2 copies\n")
     return run
 
 
@@ -59,17 +61,18 @@ def write(logs, name, record):
 def test_a_new_run_writes_what_was_asked_for_before_training(tmp_path):
     run = begin(tmp_path / "logs")
     written = json.loads((tmp_path / "logs" / "run" / "run.json").read_text())
-    config = {"fit_epochs": 3, "seed": 0, "kind": None}
-    assert written == OLD_RECORD | {"request": OLD_RECORD["request"] | {"config": config}, "mlflow_run_id": None}
-    assert run.config_yaml.read_text() == "seed: 0\n"
+    newer = {"config": REQUEST.config, "holdout_blocks": None, "holdout_dataset": None, "holdout_sha256": None}
+    changes = {"request": OLD_RECORD["request"] | newer, "findings": FINDINGS, "mlflow_run_id": None}
+    assert written == OLD_RECORD | changes
+    assert (run.config_yaml.read_text(), run.audit_md.read_text()) == ("seed: 0\n", "2 copies\n")
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
     run = RunFolder.create(tmp_path, "run", REQUEST, ORIGIN, tmp_path / "elsewhere.csv")
     assert run.metrics_csv == tmp_path / "elsewhere.csv"
-    run.hold("")
+    run.hold("", "")
     run.update(mlflow_run_id="a1b2")
-    assert find(tmp_path, "run").record == run.record == RunRecord(REQUEST, ORIGIN, str(run.metrics_csv), "a1b2")
+    assert find(tmp_path, "run").record == run.record == RunRecord(REQUEST, ORIGIN, str(run.metrics_csv), [], "a1b2")
     run.finish(OUTCOME)
     written = json.loads((run.path / "run.json").read_text())
     assert written["finished"] == {"output": "model.pkl", "scores": [{"val_mse": 0.5, "nll": None}], "elites": [0]}
@@ -162,7 +165,7 @@ def test_a_run_of_an_older_version_is_found(tmp_path, name):
     write(tmp_path, "old", OLD_RECORD)
     run = find(tmp_path, name)
     assert run.record == RunRecord(REQUEST, ORIGIN, mlflow_run_id="a1b2")
-    run.hold("seed: 0\n")
+    run.hold("seed: 0\n", "")
     assert json.loads((run.path / "run.json").read_text())["request"]["config"] == REQUEST.config
 
 
@@ -211,7 +214,7 @@ def test_a_named_run_that_has_finished_is_not_resumed(tmp_path):
         ("{", "line 1 column 2"),
         ("[" * 100_000, "recursion"),
         ([], "the record is list, expected dict"),
-        ({}, "missing or unknown entry 'csv'"),
+        ({}, "missing or unknown entry 'origin'"),
         (OLD_RECORD | {"surprise": 1}, "missing or unknown entry 'surprise'"),
         (OLD_RECORD | {"csv": 1}, "csv is int, expected str"),
         (OLD_RECORD | {"request": None}, "request is NoneType, expected dict"),
@@ -242,7 +245,7 @@ def test_a_record_that_cannot_be_read_is_passed_over_unless_named(tmp_path):
 
 def _hold(logs, answers):
     try:
-        find(logs, "run").hold("seed: 0\n")
+        find(logs, "run").hold("seed: 0\n", "")
         answers.put("held")
     except InputError as error:
         answers.put(str(error))
@@ -273,7 +276,7 @@ def test_discarding_a_run_spares_what_was_there_before(tmp_path):
 def test_what_a_killed_write_left_behind_is_removed(tmp_path):
     run = begin(tmp_path)
     (run.path / ".checkpoint.abc.tmp").write_text("half")
-    run.hold("seed: 0\n")
+    run.hold("seed: 0\n", "")
     assert not (run.path / ".checkpoint.abc.tmp").exists()
 
 
