@@ -255,7 +255,7 @@ def _join(picked: Sequence[_Picked], field: str, dtype: type = np.float32) -> np
 def _check_finite(values: np.ndarray, picked: Sequence[_Picked], field: str) -> None:
     for start in range(0, len(values), BLOCK_ROWS):
         block = values[start : start + BLOCK_ROWS]
-        is_usable = np.abs(block) <= FLOAT32_MAX  # neither for NaN
+        is_usable = np.isfinite(block) if block.dtype == np.float32 else np.abs(block) <= FLOAT32_MAX
         if is_usable.all():
             continue
         row, *feature = np.argwhere(~is_usable)[0].tolist()
@@ -311,7 +311,9 @@ def _sample(picked: Sequence[_Picked]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows_of(leaves: list[Leaf], rows: np.ndarray) -> np.ndarray:
-    return np.concatenate([leaf.column[rows].reshape(len(rows), -1).astype(np.float64) for leaf in leaves], axis=1)
+    return np.concatenate(
+        [leaf.column[rows].reshape(len(rows), leaf.width).astype(np.float64) for leaf in leaves], axis=1
+    )
 
 
 def _unread_findings(stretch: Stretch) -> list[Finding]:

@@ -140,7 +140,7 @@ def join_flags(
         ends = np.cumsum([stretch.rows for stretch in stretches if stretch.rows])
         is_last[ends - 1] = True
         joined["cut"] = joined.get("cut", False) | (is_last & ~joined.get("terminal", np.False_))
-    if joined:
+    if "cut" in joined:
         joined.setdefault("terminal", np.zeros_like(joined["cut"]))
     columns = {
         key: joined[meaning] for key, meaning in (("terminals", "terminal"), ("timeouts", "cut")) if meaning in joined
