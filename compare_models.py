@@ -4,8 +4,8 @@
         --seeds 5 --output reports/first
 
 ends with ``report.html``, ``report.md``, CSV tables and PNG figures in the folder. Every cell of the grid (arm x
-dataset x seed) is kept as soon as it is finished: stop the command at any moment, and the same command goes on. Start it
-more than once, also on other machines that share the folder, and the processes share the cells.
+dataset x seed) is kept as soon as it is finished: stop the command at any moment, and the same command goes on. Start
+it more than once, also on other machines that share the folder, and the processes share the cells.
 
 Comparisons are paired: every arm and seed has the same trajectories for training, validation and test (60/20/20), and
 arms with the same seed have the same initial weights, bootstrap draws and minibatch orders, as far as their networks
