@@ -47,7 +47,9 @@ Disagreement = Literal["max_pairwise", "ensemble_std", "max_aleatoric", "total_s
 DISAGREEMENTS: tuple[Disagreement, ...] = get_args(Disagreement)
 Propagation = Literal["ts1", "tsinf", "mean", "member"]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # a function like stacked_linear
-Predict = Callable[..., tuple[Tensor | None, ...]]  # of parts (ensemble, batch, dim), such as states and actions
+Members = Array | tuple[Tensor, Tensor]  # of rows: an index for each, or what DynamicsEnsemble.group makes of them
+Parts = tuple[Tensor | None, ...]  # mean and variance, or the reward
+Predict = Callable[..., Parts]  # of states, actions, ...: (ensemble, batch, dim), each member's own
 
 
 def member_class(kind: str) -> type[DynamicsModel]:
@@ -174,8 +176,8 @@ class DynamicsEnsemble(nn.Module):
     Args:
         architecture, normalisation: What the members share.
         ensemble_size: Number of members, E.
-        generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
-        reward_generator: The same for the reward network, so that it is drawn apart from the kind's other weights.
+        generator, reward_generator: Where initial weights are drawn from, the reward network's apart from the kind's
+            others; None leaves them at zero, to be loaded.
         seed: Seed of the ensemble's own streams, which ``sample`` and ``rollout`` draw from.
 
     Attributes:
@@ -218,10 +220,9 @@ class DynamicsEnsemble(nn.Module):
             ensemble_size, in_dim, architecture.hidden_size, self.learned_dim, self.heads, *activation, generator
         )
         self.reward = None
-        if (hidden_size := architecture.reward_hidden_size) is not None:
-            self.reward = StackedMLP(
-                ensemble_size, in_dim + self.learned_dim, hidden_size, 1, 1, *activation, reward_generator
-            )
+        if (hidden := architecture.reward_hidden_size) is not None:
+            in_dim += self.learned_dim
+            self.reward = StackedMLP(ensemble_size, in_dim, hidden, 1, 1, *activation, reward_generator)
         self.seed = seed
         self._sampling = [random_stream(seed, member, "sampling") for member in range(ensemble_size)]
         self._propagation = random_stream(seed, 0, "propagation")
@@ -229,10 +230,7 @@ class DynamicsEnsemble(nn.Module):
     # --- What a kind defines ---
 
     def interpret(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Splits outputs ``(ensemble, batch, heads * learned_dim)`` into mean and log-variance (None for a point).
-
-        Both are ``(ensemble, batch, learned_dim)``, normalised units.
-        """
+        """Splits outputs ``(ensemble, batch, heads * learned_dim)`` into mean and log-variance (None for a point)."""
         raise NotImplementedError
 
     def losses(self, inputs: Tensor, targets: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -368,7 +366,7 @@ class DynamicsEnsemble(nn.Module):
         """Returns what ``predict`` does, with a variance of 0 where that is None."""
         return self._predict_rows(self._moments_each, (states, actions))
 
-    def predict_members(self, states: Array, actions: Array, members: Array) -> tuple[Tensor, Tensor]:
+    def predict_members(self, states: Array, actions: Array, members: Members) -> tuple[Tensor, Tensor]:
         """As ``moments``, but each row with one member only, whose index is in ``members`` ``(...)``: all ``(...)``."""
         return self._predict_rows(self._moments_each, (states, actions), members)
 
@@ -376,7 +374,9 @@ class DynamicsEnsemble(nn.Module):
         """As ``predict``, but with rows of its own for each member: all ``(ensemble, batch, ...)``."""
         return self._in_chunks(self._predict_each, self._as_rows(states, actions))
 
-    def predict_reward(self, states: Array, actions: Array, next_states: Array, members: Array | None = None) -> Tensor:
+    def predict_reward(
+        self, states: Array, actions: Array, next_states: Array, members: Members | None = None
+    ) -> Tensor:
         """Predicts the reward with every member, ``(ensemble, ...)``, or each row's own, ``(...)``; raw units."""
         if self.reward is None:
             raise ValueError("this model learned no reward; train one with --params learn_reward=true")
@@ -388,8 +388,7 @@ class DynamicsEnsemble(nn.Module):
         moments = self.moments(states, actions)
         if generator is not None:
             return self.draw(*moments, generator)
-        members = zip(*moments, self._sampling, strict=True)
-        return torch.stack([self.draw(mean, variance, stream) for mean, variance, stream in members])
+        return torch.stack([self.draw(*member) for member in zip(*moments, self._sampling, strict=True)])
 
     def draw(self, mean: Tensor, variance: Tensor, generator: Generator) -> Tensor:
         """Draws from predictions with these moments, all ``(...)``; a point prediction is its own draw."""
@@ -419,8 +418,9 @@ class DynamicsEnsemble(nn.Module):
     def disagreement_of(self, mean: Tensor, variance: Tensor, kind: Disagreement) -> Tensor:
         """As ``disagreement``, of moments already predicted, ``(ensemble, ..., dimensions)``, and in their unit."""
         if kind not in DISAGREEMENTS:
-            known = "max_pairwise, ensemble_std, max_aleatoric or total_std"
-            raise ValueError(f"disagreement {kind!r} is unknown; use {known}")
+            raise ValueError(
+                f"disagreement {kind!r} is unknown; use max_pairwise, ensemble_std, max_aleatoric or total_std"
+            )
         if kind not in self.disagreements:
             raise ValueError(f"{kind} needs probabilistic members; use max_pairwise or ensemble_std")
         if kind == "max_pairwise":
@@ -428,9 +428,7 @@ class DynamicsEnsemble(nn.Module):
             return (mean[first] - mean[second]).norm(dim=-1).amax(dim=0)
         if kind == "max_aleatoric":
             return variance.sum(dim=-1).sqrt().amax(dim=0)
-        spread = mean.var(dim=0, correction=0)
-        if kind == "total_std":
-            spread = spread + variance.mean(dim=0)
+        spread = mean.var(dim=0, correction=0) + (variance.mean(dim=0) if kind == "total_std" else 0.0)
         return spread.sum(dim=-1).sqrt()
 
     @torch.no_grad()
@@ -470,11 +468,20 @@ class DynamicsEnsemble(nn.Module):
             elif propagation == "member":
                 states = self.predict_each(states, action)[0]
             else:
-                if members is None or propagation == "ts1":
-                    members = self.deal_members(len(states), 1, generator).squeeze(1)
+                members = self.deal(len(states), generator) if members is None or propagation == "ts1" else members
                 states = self.draw(*self.predict_members(states, action, members), generator)
             trajectory.append(states)
         return torch.stack(trajectory, dim=-2)
+
+    def deal(self, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Deals rows to members at random, in numbers that differ by one at most: what ``group`` returns."""
+        width = -(-batch // len(self))
+        rows = torch.full((width, len(self)), batch)  # that is no row
+        rows.view(-1)[:batch] = torch.randperm(batch, generator=generator)
+        rows[-1:] = rows[-1:, torch.randperm(len(self), generator=generator)]  # who gets one more is random, too
+        rows, place = rows.T.contiguous(), torch.empty(batch + 1, dtype=torch.long)
+        place.scatter_(0, rows.flatten(), torch.arange(rows.numel()))
+        return rows.clamp(max=batch - 1).to(self.device), place[:batch].to(self.device)
 
     def deal_members(self, particles: int, starts: int, generator: Generator) -> Tensor:
         """Deals the particles of each start to members, at random and evenly: ``(particles, starts)``, on the CPU."""
@@ -503,35 +510,35 @@ class DynamicsEnsemble(nn.Module):
         """Spreads ``(..., learned_dim)`` over ``(..., state_dim)``; constant dimensions get a value of scale 0."""
         return outputs if self.learned_dim == self.state_dim else outputs[..., self.output_of_dim]
 
-    def _predict_rows(
-        self, predict_each: Predict, parts: Sequence[Array], members: Array | None = None
-    ) -> tuple[Tensor | None, ...]:
+    def _predict_rows(self, predict_each: Predict, parts: Sequence[Array], members: Members | None = None) -> Parts:
         """Predicts rows with every member, ``(ensemble, ..., dim)``, or each with its own, ``(..., dim)``."""
         parts = self._as_rows(*parts)
         leading, flat = parts[0].shape[:-1], [part.reshape(-1, part.shape[-1]) for part in parts]
         if members is None:
-            leading, place = (len(self), *leading), slice(None)
+            leading = (len(self), *leading)
             tables = [part.expand(len(self), -1, -1) for part in flat]
         else:
-            rows, place = self._group_by_member(torch.as_tensor(members).reshape(-1).cpu())
-            tables = [part[rows] for part in flat]  # (ensemble, width, dim)
-        return tuple(
-            None if part is None else part.flatten(0, 1)[place].reshape(*leading, part.shape[-1])
-            for part in self._in_chunks(predict_each, tables)
-        )
+            rows, place = members if isinstance(members, tuple) else self.group(members)
+            tables = [part.index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in flat]
+        predicted = self._in_chunks(predict_each, tables)
+        if members is not None:
+            predicted = [None if part is None else part.flatten(0, 1).index_select(0, place) for part in predicted]
+        return tuple(None if part is None else part.reshape(*leading, part.shape[-1]) for part in predicted)
 
-    def _in_chunks(self, predict_each: Predict, parts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def _in_chunks(self, predict_each: Predict, parts: Sequence[Tensor]) -> Parts:
         """Predicts ``(ensemble, batch, dim)`` in chunks of so many rows that a cache holds their hidden units."""
+        if parts[0].shape[1] <= CHUNK:
+            return predict_each(*parts)
         chunks = zip(*(part.split(CHUNK, dim=1) for part in parts), strict=True)
         predicted = zip(*(predict_each(*chunk) for chunk in chunks), strict=True)
         return tuple(None if part[0] is None else torch.cat(part, dim=1) for part in predicted)
 
-    def _group_by_member(self, members: Tensor) -> tuple[Tensor, Tensor]:
-        """Arranges rows, whose members are ``(batch,)``, so that all members predict at once, each its own.
+    def group(self, members: Array) -> tuple[Tensor, Tensor]:
+        """Arranges rows, whose members are ``(...)``, so that all members predict at once, each its own.
 
-        Returns:
-            A table of rows, ``(ensemble, width)``, filled up with any row; and each row's place in it, ``(batch,)``.
+        The table of rows is ``(ensemble, width)``, filled up with any row; each row's place in it is ``(batch,)``.
         """
+        members = torch.as_tensor(members).flatten().cpu()
         counts = torch.bincount(members, minlength=len(self))
         order = members.argsort(stable=True)
         filled = torch.arange(int(counts.max())) < counts[:, None]  # (ensemble, width)
@@ -555,9 +562,8 @@ class DynamicsEnsemble(nn.Module):
 class DynamicsModel(nn.Module):
     """One member of an ensemble: what ``model.pkl`` holds a list of. It is built like an ensemble of one.
 
-    Pickling keeps plain Python only (tensors as bytes, type and shape): no code of PyTorch runs when a file is loaded,
-    members share nothing, and a loaded member is on the CPU, its parameters without gradients until
-    ``requires_grad_(True)``.
+    Pickling keeps plain Python only, tensors as bytes: loading a file runs no code of PyTorch, and members share
+    nothing. A loaded member is on the CPU, without gradients until ``requires_grad_(True)``.
 
     Attributes:
         network: The member as an ensemble of one, which has its weights and its mathematics.
@@ -591,8 +597,7 @@ class DynamicsModel(nn.Module):
     def predict(self, states: Array, actions: Array) -> np.ndarray:
         """Predicts the mean of the next state, raw units, without gradients: ``(..., state_dim)``."""
         with torch.no_grad():
-            mean, _ = self.network.predict(states, actions)
-        return mean[0].cpu().numpy()
+            return self.network.predict(states, actions)[0][0].cpu().numpy()
 
     def predict_batched(self, states: Array, actions: Array, batch_size: int = 256) -> np.ndarray:
         """As ``predict``, of states and actions ``(rows, ...)``, ``batch_size`` rows at a time: every row is there."""
@@ -611,8 +616,7 @@ class DynamicsModel(nn.Module):
     def predict_reward(self, states: Array, actions: Array, next_states: Array) -> np.ndarray:
         """As the ensemble's: ``(...)``, NumPy, without gradients."""
         with torch.no_grad():
-            rewards = self.network.predict_reward(states, actions, next_states)
-        return rewards[0].cpu().numpy()
+            return self.network.predict_reward(states, actions, next_states)[0].cpu().numpy()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {
@@ -655,9 +659,7 @@ class _ModelUnpickler(pickle.Unpickler):
 def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict[str, Any]]:
     """Reads members and metadata as ``pickle.load`` would, but runs nothing that the file could bring along.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no model, is cut off, or names anything but the member classes.
+    A file that is no model, is cut off, or names anything but the member classes is a ValueError.
     """
     content = Path(path).read_bytes()
     try:

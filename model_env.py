@@ -249,8 +249,8 @@ class ModelEnv:
         return ModelState(states, self.deal(len(states), generator) if kept else None)
 
     def deal(self, batch: int, generator: Generator | None = None) -> Tensor:
-        """Deals members at random, in numbers that differ by one at most: indices ``(batch,)``, on the CPU."""
-        return self.ensemble.deal_members(batch, 1, self.generator if generator is None else generator).squeeze(1)
+        """Deals members at random, in numbers that differ by one at most: indices ``(batch,)``."""
+        return _indices(*self.ensemble.deal(batch, self.generator if generator is None else generator))
 
     def step(self, state: ModelState, actions: Array, generator: Generator | None = None) -> ModelStep:
         """Takes a step in each environment.
@@ -267,31 +267,37 @@ class ModelEnv:
         actions = self._rows(actions, self.ensemble.action_dim, "actions", len(states))
         if self.action_bounds is not None:
             actions = actions.clamp(*self.action_bounds)
+        generator = self.generator if generator is None else generator
         if self.propagation == "ts1":
-            members = self.deal(len(states), generator)
+            members = self.ensemble.deal(len(states), generator)
+        elif members is not None:
+            members = self.ensemble.group(members)
         predicted, uncertainty = self._predict(states, actions, members, generator)
         next_states = predicted
         if self.state_bounds is not None:
             next_states = torch.where(predicted.isnan(), states, predicted).clamp(*self.state_bounds)
-        raw_reward = self._reward(states, actions, next_states, members)
+        if self.task is None:
+            terminated = ~predicted.isfinite().all(dim=-1)
+        else:
+            terminated = self.task.termination(states, actions, predicted)
+        raw_reward = self._reward(states, actions, next_states, terminated, members)
         if self.state_bounds is None:
             raw_reward = torch.where(next_states.isfinite().all(dim=-1), raw_reward, -torch.inf)
-        reward, halted = raw_reward, torch.zeros_like(raw_reward, dtype=torch.bool)
-        if self.pessimism is not None:
+        if self.pessimism is None:
+            reward, halted = raw_reward, torch.zeros_like(terminated)
+        else:
             reward, halted = self.pessimism.apply(raw_reward, uncertainty)
-        ended = ~predicted.isfinite().all(dim=-1)
-        if self.task is not None:
-            ended = self.task.termination(states, actions, predicted)
+        state = ModelState(next_states, state.members)
         escaped = (next_states != predicted).any(dim=-1)
-        return ModelStep(
-            ModelState(next_states, state.members), reward, raw_reward, ended, halted, escaped, uncertainty
-        )
+        return ModelStep(state, reward, raw_reward, terminated, halted, escaped, uncertainty)
 
     def _predict(
-        self, states: Tensor, actions: Tensor, members: Tensor | None, generator: Generator | None
+        self, states: Tensor, actions: Tensor, members: tuple[Tensor, Tensor] | None, generator: Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns next states ``(batch, state_dim)`` and the pessimism's uncertainty ``(batch,)``; predicts once."""
-        generator = self.generator if generator is None else generator
+        """Returns next states ``(batch, state_dim)`` and the pessimism's uncertainty ``(batch,)``; predicts once.
+
+        The members are grouped, as ``DynamicsEnsemble.group`` does it; None stands for the mean of all.
+        """
         if self.pessimism is None and members is not None:
             return self.ensemble.draw(*self.ensemble.predict_members(states, actions, members), generator), None
         means, variances = self.ensemble.moments(states, actions)  # (ensemble, batch, state_dim)
@@ -300,7 +306,7 @@ class ModelEnv:
             uncertainty = self.ensemble.disagreement_of(means, variances, self.pessimism.kind)
         if members is None:
             return means.mean(dim=0), uncertainty
-        own = members, torch.arange(len(members))
+        own = _indices(*members), torch.arange(len(states), device=means.device)
         return self.ensemble.draw(means[own], variances[own], generator), uncertainty
 
     def _rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
@@ -314,6 +320,11 @@ class ModelEnv:
                 f"{name} are not finite in {int((~rows.isfinite()).any(dim=-1).sum())} of {len(rows)} rows"
             )
         return rows
+
+
+def _indices(rows: Tensor, place: Tensor) -> Tensor:
+    """Returns the index of each row's member, ``(batch,)``, from what ``DynamicsEnsemble.group`` returns."""
+    return place // max(rows.shape[1], 1)
 
 
 def _find_task(ensemble: DynamicsEnsemble, task: str | Task | None) -> Task | None:
@@ -333,10 +344,15 @@ def _find_task(ensemble: DynamicsEnsemble, task: str | Task | None) -> Task | No
 
 def _find_reward(
     ensemble: DynamicsEnsemble, task: Task | None, reward: str | StepFunction
-) -> tuple[str, str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]]:
-    """Returns the source of rewards, why it was chosen, and a function of a step and of each row's member."""
+) -> tuple[str, str, Callable[..., Tensor]]:
+    """Returns the source of rewards, why it was chosen, and the function.
 
-    def learned(states: Tensor, actions: Tensor, next_states: Tensor, members: Tensor | None) -> Tensor:
+    Its arguments are states, actions, next states, which steps terminated, and each row's member (None: all).
+    """
+
+    def learned(
+        states: Tensor, actions: Tensor, next_states: Tensor, terminated: Tensor, members: Tensor | None
+    ) -> Tensor:
         rewards = ensemble.predict_reward(states, actions, next_states, members)
         return rewards.mean(dim=0) if members is None else rewards
 
@@ -346,9 +362,9 @@ def _find_reward(
     if reward == "auto":
         reward = "learned" if task is None else task.reward_source
     if reward == "formula":
-        if task is None or task.reward is None:
+        if task is None or task.base_reward is None:
             raise ValueError("there is no formula of the reward; give a task that has one, such as task='Hopper-v5'")
-        return "formula", reason, lambda *step: task.reward(*step[:3])
+        return "formula", reason, lambda *step: task.reward(*step[:4])
     if reward != "learned":
         raise ValueError(f"reward is {reward!r}; expected auto, formula, learned or a function")
     if ensemble.reward is None:

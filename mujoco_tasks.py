@@ -54,10 +54,12 @@ class Task:
         action_bound: actions lie within plus and minus this; the simulator acts on larger ones as if they did.
         horizon: the time limit of an episode in steps. Reaching it truncates the episode and does not terminate it.
         termination: maps states, actions and next states to booleans ``(...)``: the step ended the episode.
-        reward: maps the same to rewards ``(...)``. Every task here has one; in a task of your own, None says that the
-            observation does not suffice.
+        base_reward: maps the same to rewards ``(...)`` without the healthy bonus. Every task here has one; in a task of
+            your own, None says that the observation does not suffice.
         reward_source: the source of rewards to prefer inside a model: this formula, or a learned reward.
         reward_reason: why, in words.
+        bonus: the healthy bonus of a step.
+        bonus_at_end: whether a step that terminates pays the bonus, too.
     """
 
     env_name: str
@@ -66,9 +68,27 @@ class Task:
     action_bound: float
     horizon: int
     termination: StepFunction
-    reward: StepFunction | None
+    base_reward: StepFunction | None
     reward_source: Literal["formula", "learned"]
     reward_reason: str
+    bonus: float = 0.0
+    bonus_at_end: bool = False
+
+    def reward(self, states: Tensor, actions: Tensor, next_states: Tensor, terminated: Tensor | None = None) -> Tensor:
+        """Returns what steps are paid, ``(...)``, bonus included.
+
+        Args:
+            states: see the module's docstring, like the next two.
+            actions: as given to the environment.
+            next_states: states after the step.
+            terminated: which steps terminated, ``(...)``, if that is known already.
+        """
+        base = self.base_reward(states, actions, next_states)
+        if self.bonus_at_end or self.bonus == 0:
+            return base + self.bonus
+        if terminated is None:
+            terminated = self.termination(states, actions, next_states)
+        return base + self.bonus * (~terminated).to(base.dtype)
 
 
 def task(env_name: str) -> Task:
@@ -97,13 +117,13 @@ def _within(values: Tensor, low: float, high: float) -> Tensor:
 
 def _hopper_healthy(states: Tensor) -> Tensor:
     """Height above 0.7 m, torso within 0.2 rad of upright, all other joints and velocities within 100."""
-    height, angle = states[..., 0], states[..., 1]
-    return (height > 0.7) & _within(angle, -0.2, 0.2) & _within(states[..., 1:], -100, 100).all(-1)
+    others = states[..., 1:].abs()
+    return (states[..., 0] > 0.7) & (others[..., 0] < 0.2) & (others < 100).all(-1)
 
 
 def _walker2d_healthy(states: Tensor) -> Tensor:
     """Height between 0.8 and 2 m, torso within 1 rad of upright."""
-    return _within(states[..., 0], 0.8, 2) & _within(states[..., 1], -1, 1)
+    return _within(states[..., 0], 0.8, 2) & (states[..., 1].abs() < 1)
 
 
 def _ant_healthy(states: Tensor) -> Tensor:
@@ -234,22 +254,6 @@ def _terminated(states: Tensor, actions: Tensor, next_states: Tensor, *, healthy
     return ~(healthy(next_states) & next_states.isfinite().all(-1))
 
 
-def _with_bonus(
-    states: Tensor,
-    actions: Tensor,
-    next_states: Tensor,
-    *,
-    reward: StepFunction,
-    bonus: float,
-    unpaid: StepFunction | None,
-) -> Tensor:
-    """Adds the healthy bonus to every step, or to every step but those that ``unpaid`` tells."""
-    base = reward(states, actions, next_states)
-    if unpaid is None:
-        return base + bonus
-    return base + bonus * (~unpaid(states, actions, next_states)).to(base.dtype)
-
-
 def _task(
     env_name: str,
     state_dim: tuple[int, ...],
@@ -266,10 +270,19 @@ def _task(
 
     The preference is the source of rewards to prefer, and why; the bound is that of the actions.
     """
-    termination = partial(_terminated, healthy=healthy)
-    unpaid = None if env_name.endswith("-v4") else termination
-    paid = partial(_with_bonus, reward=reward, bonus=bonus, unpaid=unpaid)
-    return Task(env_name, state_dim, action_dim, bound, horizon, termination, paid, *preference)
+    termination, at_end = partial(_terminated, healthy=healthy), env_name.endswith("-v4")
+    return Task(
+        env_name,
+        state_dim,
+        action_dim,
+        bound,
+        horizon,
+        termination,
+        reward,
+        *preference,
+        bonus=bonus,
+        bonus_at_end=at_end,
+    )
 
 
 _hopper_reward = partial(_forward_reward, velocity=5, control_cost=0.001)

@@ -249,6 +249,13 @@ def test_version_4_pays_the_healthy_bonus_at_the_end_and_version_5_does_not(name
     assert (paid[0] - paid[1]).tolist() == [bonus, 0]
 
 
+def test_a_step_that_is_known_to_have_terminated_is_not_judged_again():
+    states, actions = torch.ones(2, 11), torch.zeros(2, 3)
+    for name, bonus in (("Hopper-v4", [1, 1]), ("Hopper-v5", [0, 1])):
+        paid = task(name).reward(states, actions, states, torch.tensor([True, False]))
+        assert (paid - task(name).base_reward(states, actions, states)).tolist() == bonus
+
+
 def test_predicted_contact_forces_of_ant_are_clipped_before_they_cost():
     states, actions = torch.zeros(1, 105), torch.zeros(1, 8)
     pushed = states.clone()
