@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from torch.nn import functional
 pytest.importorskip("safetensors", reason="needs the extra export")
 from safetensors.torch import load_file, save_file
 
+import learn_model
 import model_export
 from deterministic_model import DeterministicModel
 from dynamics_model import DynamicsEnsemble, load_ensemble, load_models
 from model_export import export_model, import_model
 from probabilistic_model import ProbabilisticModel
 
+ROOT = Path(model_export.__file__).parent
 METADATA = {
     "format_version": 1,
     "kind": "probabilistic",
@@ -116,6 +119,18 @@ def test_command_converts_both_ways(two_members, tmp_path, draw_rows):
     assert same_metadata == metadata
     rows = draw_rows(5)
     assert torch.equal(load_ensemble(back).sample(*rows), load_ensemble(pickled).sample(*rows))
+
+
+def test_what_training_writes_comes_back_whole(workplace):
+    tiny = ["--params", "fit_epochs=1", "ensemble_size=2", "hidden_size=4", "batch_size=4096", "learn_reward=true"]
+    command = ["--dataset", "hopper-medium-demo", "--config", str(ROOT / "configs" / "hopper_pnn.yaml"), "--quiet"]
+    assert learn_model.main([*command, "--holdout_ratio", "0.2", "--test_ratio", "0.1", *tiny]) == 0
+
+    export_model(*load_models("model.pkl"), "exported")
+
+    (models, metadata), (same_models, same_metadata) = load_models("model.pkl"), import_model("exported")
+    assert [model.__getstate__() for model in same_models] == [model.__getstate__() for model in models]
+    assert same_metadata == metadata
 
 
 def test_nothing_is_overwritten(two_members, tmp_path, capsys):
