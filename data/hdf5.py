@@ -156,8 +156,8 @@ class Group(Mapping[str, Any]):
 
     def _refused(self, key: str, kind: str) -> InputError:
         return InputError(
-            f"{self._path}: {key!r} is {kind}; only what is in the file itself is read: copy the data into one file "
-            "(h5repack, or read and write them with h5py)"
+            f"{self._path}: {key!r} is {kind}; only what is in the file itself is read: copy the data into one file, "
+            "by reading and writing them with h5py"
         )
 
 

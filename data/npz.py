@@ -54,11 +54,11 @@ class _Array:
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
         self._archive, self._name = archive, name
-        with archive.open(name) as file:
-            version = np.lib.format.read_magic(file)
-            if version not in HEADERS:
-                raise ValueError(f"{name} has the unknown version {version}")
-            self.shape, _, self.dtype = HEADERS[version](file)
+        try:
+            with archive.open(name) as file:
+                self.shape, _, self.dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        except Exception as error:  # the header is Python text, and a damaged one raises anything at all
+            raise ValueError(f"{name} has no header that can be read: {error}") from None
         if archive.getinfo(name).file_size < math.prod(self.shape) * self.dtype.itemsize and not self.dtype.hasobject:
             raise ValueError(f"{name} is shorter than its shape {self.shape}")
 

@@ -60,7 +60,7 @@ def assert_same():
             assert a.terminated is b.terminated
             for field in ("observations", "actions", "rewards", "next_observations"):
                 x, y = getattr(a, field), getattr(b, field)
-                assert (x is None) == (y is None)
+                assert (x is None) == (y is None), field
                 if x is not None:
                     assert x.dtype == y.dtype == np.float32
                     np.testing.assert_array_equal(x, y)

@@ -92,7 +92,7 @@ def test_what_cannot_be_learned_is_named(observations, keys, words):
 
 
 def test_next_observations_are_made_of_the_same_entries():
-    with pytest.raises(InputError, match="next_observations has shape observation .* expected that of observations"):
+    with pytest.raises(InputError, match=r"next_observations has shape observation .* expected that of observations"):
         read(GOAL, next_observations={"observation": GOAL["observation"]})
 
 

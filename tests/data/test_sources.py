@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import d4rl_registry, sources
+from data.columns import Wanted
 from data.sources import load_dataset, source_attributes
 from data.trajectories import Dataset
 from utils import InputError
@@ -75,8 +76,8 @@ def test_a_d4rl_id_is_read_from_d4rl_s_folder(d4rl_folder, columns, write_hdf5):
 def test_a_d4rl_file_without_timeouts_is_cut_at_the_limit_of_its_environment(d4rl_folder, columns, write_hdf5):
     content = columns([250], next_observations=False)
     del content["timeouts"]
-    write_hdf5(d4rl_folder / "pen-v0_demos_clipped.hdf5", content)  # Adroit's pen ends episodes after 100 steps
-    assert [len(t) for t in load_dataset("pen-human-v0").trajectories] == [100, 100, 50]
+    write_hdf5(d4rl_folder / "pen-demos-v0-bc-combined.hdf5", content)  # Adroit's pen ends episodes after 100 steps
+    assert [len(t) for t in load_dataset("pen-cloned-v0").trajectories] == [100, 100, 50]
 
 
 def test_a_truncated_d4rl_file_is_recognised(d4rl_folder, columns, write_hdf5):
@@ -106,8 +107,9 @@ def test_d4rl_is_imported_only_for_a_d4rl_id(bundled, monkeypatch):
 
 def test_a_minari_id_is_asked_of_minari_unless_there_is_such_a_file(tmp_path, monkeypatch, columns, write_hdf5):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "read_minari", lambda name: ([], "Hopper-v5", "ab12"))
-    assert load_dataset("mujoco/hopper/medium-v0") == Dataset("mujoco/hopper/medium-v0", "Hopper-v5", "ab12", [])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    with pytest.raises(InputError, match="minari download mujoco/hopper/medium-v0"):
+        load_dataset("mujoco/hopper/medium-v0")
     Path("mujoco/hopper").mkdir(parents=True)
     write_hdf5(Path("mujoco/hopper/medium-v0"), columns([3, 2]))
     assert load_dataset("mujoco/hopper/medium-v0").num_rows == 5
@@ -120,7 +122,7 @@ def test_a_minari_id_is_asked_of_minari_unless_there_is_such_a_file(tmp_path, mo
         ("halfcheetah-mediun-v2", ["did you mean 'halfcheetah-medium-v2'", "hopper-medium-demo"]),
         ("breakout-mixed-v0", ["Atari", "hopper-medium-demo"]),
         ("missing/file.hdf5", ["missing/file.hdf5", "neither a known name nor a file"]),
-        (".", ["folder or a device, expected a file"]),
+        (".", ["folder or a device, expected a file (or a folder with data/main_data.hdf5)"]),
         ("/dev/null", ["folder or a device, expected a file"]),
         ("carla-lane-v0", ["image observations"]),
         ("minigrid-fourrooms-v0", ["discrete actions"]),
@@ -140,12 +142,26 @@ def test_an_id_that_cannot_be_learned_is_no_failed_download(bundled, name):
 
 
 def test_a_new_source_is_a_row_of_the_table(monkeypatch):
-    def load(name, file, *, simulator_states, quiet):
-        return Dataset(name, None, f"{file}, {simulator_states}, {quiet}", [])
+    def load(name, file, wanted, quiet):
+        return Dataset(name, None, f"{file}, {wanted}, {quiet}", [])
 
     ours = sources.Source(lambda name: name.startswith("ours:"), lambda name: Path(name[5:]), load)
     monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, ours))
-    assert load_dataset("ours:a", simulator_states=True) == Dataset("ours:a", None, "a, True, False", [])
+    expected = Dataset("ours:a::b,c", None, f"a, {Wanted(True, ('b', 'c'))}, False", [])
+    assert load_dataset("ours:a::b,c", simulator_states=True) == expected
+
+
+def test_keys_of_observations_follow_the_name(tmp_path, columns, write_hdf5):
+    content = columns([3, 2], next_observations=False)
+    content["observations/b"], content["observations/a"] = content.pop("observations"), content["actions"]
+    path = write_hdf5(tmp_path / "a.hdf5", content, process_noise=0.5)
+    assert [load_dataset(f"{path}{keys}").state_dim for keys in ("", "::b", "::a", "::b,a")] == [5, 3, 2, 5]
+    assert load_dataset(f"{path}::b").name == f"{path}::b"
+    assert source_attributes(f"{path}::b") == {"process_noise": 0.5}
+    with pytest.raises(InputError, match="names no key behind '::'"):
+        load_dataset(f"{path}::")
+    path.rename(tmp_path / "a::b")  # a file of that very name
+    assert load_dataset(str(tmp_path / "a::b")).state_dim == 5
 
 
 def test_source_attributes_tell_how_a_file_was_made(tmp_path):
