@@ -12,7 +12,13 @@ dataset (training takes minutes to an hour; stable-baselines3 is needed):
 The trained policy is a small NumPy file. Collecting from it again (--policy results/hopper-medium.npz) needs neither
 training nor stable-baselines3 and, with the same seed on the same machine, gives the same transitions bit for bit.
 
-The file holds, with one row per transition and float32 unless noted:
+Datasets that exist already, in any format that learn_model.py reads, are described or written for other programs: as
+D4RL-format HDF5 or as a pickle of paths, by the ending of --output.
+
+    python collect_dataset.py --describe hopper-medium-demo
+    python collect_dataset.py --convert hopper-medium-demo --output results/hopper-medium.pkl
+
+A file that was collected holds, with one row per transition and float32 unless noted:
 
     observations, actions, rewards    what the policy saw, what it intended, what it was paid
     next_observations                 what it saw next (left out by --drop_next_observations)
@@ -29,9 +35,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import io
+import importlib.util
 import itertools
 import math
+import pickle
 import platform
 import shlex
 import sys
@@ -49,6 +56,8 @@ from utils import InputError, atomic_write, did_you_mean
 if TYPE_CHECKING:
     import gymnasium
 
+    from data.trajectories import Dataset
+
 # Soft actor-critic with the settings of its paper, but half as wide and one CPU thread: twice the steps per second,
 # and enough for medium performance.
 SAC_SETTINGS: dict[str, Any] = {
@@ -63,7 +72,8 @@ MAX_TRAIN_STEPS = 500_000
 EVALUATE_EVERY = 5_000  # training steps between two evaluations
 EVALUATION_EPISODES = 10
 LOG_STD_RANGE = (-20.0, 2.0)  # stable-baselines3 clips the actor's log standard deviation to this
-CHUNK_ROWS = 50_000
+
+HDF5_ENDINGS, PICKLE_ENDINGS = (".hdf5", ".h5"), (".pkl", ".pickle")
 
 POLICY_STREAM, NOISE_STREAM = 0, 1  # each purpose draws from its own random stream
 
@@ -186,6 +196,12 @@ def make_env(env_id: str) -> gymnasium.Env:
             'environments need Gymnasium, which is not installed: pip install "gymnasium[mujoco]"'
         ) from None
 
+    if env_id.startswith("AdroitHand"):
+        if importlib.util.find_spec("gymnasium_robotics") is None:
+            raise InputError(f"environment {env_id!r} needs gymnasium-robotics: pip install gymnasium-robotics")
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
     if env_id not in gymnasium.registry:
         raise InputError(
             f"environment {env_id!r} is unknown{did_you_mean(env_id, gymnasium.registry)}; expected a name registered "
@@ -332,59 +348,71 @@ def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path
         )
 
 
-# --- Files ---
+# --- Datasets that exist already ---
 
 
-def write_dataset(path: Path, columns: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-    """Writes a compressed HDF5 file, all of it or none.
+def convert(names: list[str], output: Path, command: str) -> Dataset:
+    """Writes datasets, joined to one, as a file that other programs read.
 
     Args:
-        path: The file.
-        columns: Arrays by key, ``(rows, ...)`` each.
-        attributes: What the file says of how it was made.
-    """
-    import h5py
-
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        for key, column in columns.items():
-            # A chunk holds one dimension over time: neighbours in time are alike, which saves 6% over whole rows.
-            chunks = (min(len(column), CHUNK_ROWS), *(1 for _ in column.shape[1:]))
-            file.create_dataset(key, data=column, chunks=chunks, compression="gzip", compression_opts=9, shuffle=True)
-        file.attrs.update(attributes)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def describe(paths: list[Path]) -> str:
-    """Returns a Markdown table with one row per dataset, read from the files; ``-`` stands for what a file lacks.
+        names: What to read, as ``learn_model.py`` does.
+        output: The file; its ending says which kind.
+        command: The command line, for the file's attributes.
 
     Raises:
-        InputError: If a file is no dataset.
+        InputError: If a dataset cannot be read.
     """
+    from data.hdf5 import to_columns, write_hdf5
+    from data.pickles import to_paths
+    from data.sources import load_datasets, source_attributes
+
+    dataset = load_datasets(names, simulator_states=True)
+    if output.suffix in PICKLE_ENDINGS:
+        with atomic_write(output) as file:
+            pickle.dump(to_paths(dataset), file, protocol=4)
+        return dataset
+    known = source_attributes(names[0]) if len(names) == 1 else {}
+    attributes = {name: value for name, value in known.items() if isinstance(value, str | bytes | np.generic | float)}
+    attributes |= {"dataset": dataset.name, "sha256": dataset.sha256, "command": command, **versions()}
+    if dataset.env_name is not None:
+        attributes["env_name"] = dataset.env_name
+    write_hdf5(output, to_columns(dataset), attributes)
+    return dataset
+
+
+def describe(names: list[str]) -> str:
+    """Returns a Markdown table with one row per dataset, and what its audit found; ``-`` stands for what is unknown.
+
+    Raises:
+        InputError: If one cannot be read.
+    """
+    from data.audit import audit, to_markdown
+    from data.sources import load_dataset
     from reporting.page import markdown_table
 
     header = ("file", "environment", "policy", "process noise", "mean return", "episodes", "transitions", "MB", "keys")
-    return markdown_table(header, [describe_file(path) for path in paths])
+    rows, audits = [], []
+    for name in names:
+        dataset = load_dataset(name, simulator_states=True)
+        rows.append(describe_dataset(dataset))
+        audits.append(f"\nAudit of `{rows[-1][0]}`:\n\n{to_markdown(audit(dataset)).rstrip()}")
+    return "\n".join([markdown_table(header, rows), *audits])
 
 
-def describe_file(path: Path) -> list[str]:
-    """Returns a dataset's row of ``describe``."""
-    import h5py
+def describe_dataset(dataset: Dataset) -> list[str]:
+    """Returns a dataset's row of ``describe``, by the columns of its table."""
+    from data.hdf5 import to_columns
+    from data.sources import existing_file, source_attributes
 
-    try:
-        with h5py.File(path) as file:
-            keys: list[str] = []
-            file.visititems(lambda key, item: keys.append(key) if isinstance(item, h5py.Dataset) else None)
-            num_transitions, made = len(file["rewards"]), dict(file.attrs)
-    except (OSError, KeyError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as a dataset ({error}); expected D4RL-format HDF5") from error
+    file, made = existing_file(dataset.name), source_attributes(dataset.name)
     mean_return = f"{made['mean_return']:.0f}" if "mean_return" in made else "-"
-    environment, policy, noise, episodes = (
-        str(made.get(name, "-")) for name in ("env_name", "policy", "process_noise", "episodes")
-    )
-    size = f"{path.stat().st_size / 1e6:.1f}"
-    return [path.name, environment, policy, noise, mean_return, episodes, str(num_transitions), size, " ".join(keys)]
+    policy, noise = (str(made.get(name, "-")) for name in ("policy", "process_noise"))
+    episodes = str(made.get("episodes", len(dataset.trajectories)))
+    size = f"{file.stat().st_size / 1e6:.1f}" if file else "-"
+    keys = " ".join(sorted(to_columns(dataset)))
+    shown = file.name if file else dataset.name
+    environment = dataset.env_name or "-"
+    return [shown, environment, policy, noise, mean_return, episodes, str(dataset.num_rows), size, keys]
 
 
 # --- The command ---
@@ -416,7 +444,10 @@ def versions() -> dict[str, str]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", help="Gymnasium environment to act in, e.g. Hopper-v5 or HalfCheetah-v5")
+    parser.add_argument(
+        "--env",
+        help="Gymnasium environment to act in, e.g. Hopper-v5 or HalfCheetah-v5; or a D4RL id, for its environment",
+    )
     parser.add_argument(
         "--policy",
         default="random",
@@ -459,8 +490,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "a terminal row is lost",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist already")
-    parser.add_argument(
-        "--describe", type=Path, nargs="+", metavar="FILE", help="print a Markdown table of these datasets, and stop"
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--describe",
+        nargs="+",
+        metavar="NAME",
+        help="print a Markdown table of these datasets and what their audit finds, and stop; names as for "
+        "learn_model.py --dataset",
+    )
+    other.add_argument(
+        "--convert",
+        nargs="+",
+        metavar="NAME",
+        help="write this dataset, or several joined to one, to --output for other programs, and stop: as D4RL-format "
+        "HDF5 (.hdf5, .h5) or as a pickle of (paths, metadata) (.pkl, .pickle)",
     )
     return parser.parse_args(argv)
 
@@ -495,19 +538,69 @@ def check_arguments(args: argparse.Namespace) -> None:
                 raise InputError(f"--{flag} is for --policy sac, but --policy is {args.policy!r}; leave it out")
 
 
+def check_conversion(args: argparse.Namespace) -> None:
+    """Checks flags and output of ``--convert``.
+
+    Raises:
+        InputError: If the output is missing, cannot be written, is a source, or has another ending.
+    """
+    from data.sources import existing_file
+
+    if args.output is None:
+        raise InputError("--output is missing: the file to write, ending in .hdf5 or .pkl")
+    if args.env is not None:
+        raise InputError("--env is for collecting, but --convert was given; leave one of them out")
+    if args.output.suffix not in (*HDF5_ENDINGS, *PICKLE_ENDINGS):
+        endings = ", ".join((*HDF5_ENDINGS, *PICKLE_ENDINGS))
+        raise InputError(f"--output {str(args.output)!r} has the ending {args.output.suffix!r}; expected {endings}")
+    for name in args.convert:
+        source = existing_file(name)
+        if source is not None and source.resolve() == args.output.resolve():
+            raise InputError(f"--output {str(args.output)!r} is what --convert reads; give another path")
+    check_output(args.output, "--output", args.overwrite)
+
+
+def find_environment(name: str) -> str:
+    """Returns the Gymnasium environment of a D4RL id; every other name as it is.
+
+    Raises:
+        InputError: If it is a D4RL id without one.
+    """
+    from data.d4rl_registry import bundled_table, gymnasium_id
+
+    if name not in bundled_table():
+        return name
+    env_id = gymnasium_id(name)
+    if env_id is None:
+        raise InputError(
+            f"D4RL's {name!r} has no environment of the same states in Gymnasium; give one by its own name"
+        )
+    return env_id
+
+
 def trained_policy(args: argparse.Namespace) -> Path:
     """Returns where ``--policy sac`` keeps the policy it trains."""
     return args.save_policy or args.output.with_suffix(".npz")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Collects one dataset, or describes some."""
+    """Collects one dataset, or describes or converts some."""
     args = parse_arguments(argv)
+    command = shlex.join(["python", "collect_dataset.py", *(sys.argv[1:] if argv is None else argv)])
     with exit_on_input_error():
         if args.describe:
             print(describe(args.describe))
             return
+        if args.convert:
+            check_conversion(args)
+            dataset = convert(args.convert, args.output, command)
+            for finding in dataset.findings:
+                if finding.matters:
+                    print(f"note: {finding}", file=sys.stderr)
+            print(f"{args.output}: {dataset.num_rows} rows of {len(dataset.trajectories)} trajectories")
+            return
         check_arguments(args)
+        args.env = find_environment(args.env)
         env = make_env(args.env)
         if args.policy == "random":
             policy = RandomPolicy(env.action_space.low, env.action_space.high)
@@ -517,6 +610,8 @@ def main(argv: list[str] | None = None) -> None:
             policy = SquashedGaussianPolicy.load(trained_policy(args), env)
         else:
             policy = SquashedGaussianPolicy.load(Path(args.policy), env)
+        from data.hdf5 import write_hdf5
+
         columns, returns = collect(env, policy, args.steps, args.seed, args.process_noise)
         if args.drop_next_observations:
             del columns["next_observations"]
@@ -527,10 +622,10 @@ def main(argv: list[str] | None = None) -> None:
             "process_noise": args.process_noise,
             "episodes": len(returns),
             **({"mean_return": np.mean(returns)} if returns else {}),
-            "command": shlex.join(["python", "collect_dataset.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": command,
             **versions(),
         }
-        write_dataset(args.output, columns, attributes)
+        write_hdf5(args.output, columns, attributes, compression=9)
         mean_return = f", mean return {np.mean(returns):.0f}" if returns else ""
         print(f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes{mean_return}")
 

@@ -1,5 +1,8 @@
 """collect_dataset: what the file holds, what makes it reproducible, what is refused; and the bundled datasets."""
 
+import dataclasses
+import hashlib
+import pickle
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 import collect_dataset
 from collect_dataset import RandomPolicy, SquashedGaussianPolicy, collect, main, make_env
+from data.sources import load_dataset
 
 pytest.importorskip("mujoco")
 gymnasium = pytest.importorskip("gymnasium")
@@ -360,22 +364,126 @@ def assert_one_line(capsys, message):
     assert message in lines[0]
 
 
+# ------------------------------------------------------------------------------------------------ D4RL's ids
+
+
+def test_a_d4rl_id_stands_for_its_environment(tmp_path):
+    _, attributes = collect_file(tmp_path / "data.hdf5", env="hopper-medium-v2", steps=5)
+    assert attributes["env_name"] == "Hopper-v4"
+
+
+def test_a_d4rl_id_without_an_environment_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "data.hdf5", env="ant-medium-v2")
+    assert_one_line(capsys, "'ant-medium-v2' has no environment of the same states in Gymnasium")
+
+
+def test_adroit_s_environments_say_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    with pytest.raises(SystemExit, match="2"):
+        collect_file(tmp_path / "data.hdf5", env="door-human-v1")
+    assert_one_line(capsys, "pip install gymnasium-robotics")
+
+
+# ------------------------------------------------------------------------------------------------ converted
+
+
+def convert(output, *names, flags=()):
+    main(["--convert", *map(str, names), "--output", str(output), *flags])
+    return load_dataset(str(output), simulator_states=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A file that was collected, with process noise."""
+    path = tmp_path_factory.mktemp("source") / "source.hdf5"
+    collect_file(path, "--process_noise", "0.2")
+    return path
+
+
+@pytest.mark.parametrize("ending", [".hdf5", ".h5", ".pkl", ".pickle"])
+def test_what_was_read_is_written_for_other_programs(tmp_path, source, ending):
+    original = load_dataset(str(source), simulator_states=True)
+    written = convert(tmp_path / f"clean{ending}", source)
+
+    assert written.env_name == original.env_name == "Hopper-v5"
+    for one, other in zip(written.trajectories, original.trajectories, strict=True):
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+def test_a_converted_file_says_what_it_was_made_of(tmp_path, source):
+    convert(tmp_path / "clean.hdf5", source)
+    _, attributes = read(tmp_path / "clean.hdf5")
+    assert (attributes["env_name"], attributes["process_noise"]) == ("Hopper-v5", 0.2)
+    assert attributes["dataset"] == str(source)
+    assert attributes["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert "--convert" in attributes["command"]
+
+
+def test_several_datasets_become_one_file(tmp_path, capsys):
+    paths = []
+    for index in range(2):
+        states = np.random.default_rng(index).normal(size=(7, 3))
+        paths.append(tmp_path / f"{index}.pkl")
+        paths[-1].write_bytes(
+            pickle.dumps([{"observations": states, "actions": states[:, :1], "dones": np.arange(7) > 5}])
+        )
+    written = convert(tmp_path / "both.hdf5", *paths)
+    assert [len(trajectory) for trajectory in written.trajectories] == [7, 7]
+    assert written.trajectories[0].rewards is None
+    printed = capsys.readouterr()
+    assert "both.hdf5: 14 rows of 2 trajectories" in printed.out
+    assert "dones" in printed.err, "what matters is said"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--output is missing"),
+        (["--output", "data.npz"], "has the ending '.npz'; expected .hdf5, .h5, .pkl, .pickle"),
+        (["--output", "data.hdf5", "--env", "Hopper-v5"], "--env is for collecting"),
+        (["--output", "precious.pkl"], "give another path, or --overwrite"),
+        (["--output", "nowhere.pkl", "--describe", "hopper-medium-demo"], "not allowed with argument --convert"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("precious.pkl").write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--convert", "hopper-medium-demo", *flags])
+    assert_one_line(capsys, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.pkl"]
+
+
+def test_a_conversion_onto_its_source_is_refused(source, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--convert", str(source), "--output", str(source), "--overwrite"])
+    assert_one_line(capsys, "is what --convert reads")
+
+
 # ------------------------------------------------------------------------------------------------ described, bundled
 
 
-def test_describe_prints_a_table_of_any_datasets(tmp_path, capsys):
+def test_describe_prints_a_table_of_any_datasets_and_what_their_audits_find(tmp_path, capsys):
     collect_file(tmp_path / "ours.hdf5")
-    with h5py.File(tmp_path / "theirs.hdf5", "w") as file:
-        file["rewards"] = np.zeros(7)
+    states = np.random.default_rng(0).normal(size=(7, 3))
+    path = {"observations": states, "actions": states[:, :1], "init_state_dict": {"qpos": states[0]}}
+    (tmp_path / "theirs.pkl").write_bytes(pickle.dumps([path]))
     (tmp_path / "text.hdf5").write_text("no dataset")
     capsys.readouterr()
 
-    main(["--describe", str(tmp_path / "ours.hdf5"), str(tmp_path / "theirs.hdf5")])
-    header, _, ours, theirs = capsys.readouterr().out.strip().splitlines()
+    main(["--describe", str(tmp_path / "ours.hdf5"), str(tmp_path / "theirs.pkl")])
+    table, ours_audit, theirs_audit = capsys.readouterr().out.strip().split("\nAudit of ")
+    header, _, ours, theirs = table.strip().splitlines()
     assert header.startswith("| file | environment | policy |")
     assert ours.startswith("| ours.hdf5 | Hopper-v5 | random")
     assert ours.endswith(f"| {' '.join(sorted(KEYS))} |")
-    assert theirs.startswith("| theirs.hdf5 | - | - | - | - | - | 7 |")
+    assert theirs.startswith("| theirs.pkl | - | - | - | - | 1 | 7 |")
+    assert theirs.endswith("| actions observations terminals timeouts |")
+    assert ours_audit.startswith("`ours.hdf5`:")
+    assert "| entries not read | 1 | init_state_dict/qpos |" in theirs_audit
     with pytest.raises(SystemExit, match="2"):
         main(["--describe", str(tmp_path / "text.hdf5")])
     assert_one_line(capsys, "text.hdf5")

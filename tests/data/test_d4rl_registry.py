@@ -272,3 +272,43 @@ def test_every_usable_id_has_the_episode_limit_that_d4rl_registers():
     usable = {name: limit for name, limit in checked.items() if name.split("-")[0] not in d4rl_registry.REFUSED}
     assert len(usable) > 60  # the others are registered in loops
     assert {name: d4rl_registry.episode_limit(name) for name in usable} == usable
+
+
+DIMENSIONS = {  # of D4RL's data: states and actions
+    "hopper-medium-v0": ("Hopper-v4", 11, 3),
+    "halfcheetah-expert-v2": ("HalfCheetah-v4", 17, 6),
+    "walker2d-random-v1": ("Walker2d-v4", 17, 6),
+    "pen-human-v1": ("AdroitHandPen-v1", 45, 24),
+    "hammer-cloned-v0": ("AdroitHandHammer-v1", 46, 26),
+    "door-expert-v0": ("AdroitHandDoor-v1", 39, 28),
+    "relocate-human-v0": ("AdroitHandRelocate-v1", 39, 30),
+}
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_ids_have_the_environment_of_their_data(name):
+    env_id, state_dim, action_dim = DIMENSIONS[name]
+    assert d4rl_registry.gymnasium_id(name) == env_id
+    gymnasium = pytest.importorskip("gymnasium")
+    pytest.importorskip("mujoco")
+    if env_id.startswith("Adroit"):
+        gymnasium.register_envs(pytest.importorskip("gymnasium_robotics"))
+    env = gymnasium.make(env_id)
+    assert (env.observation_space.shape, env.action_space.shape) == ((state_dim,), (action_dim,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ant-medium-v2",  # 111 state dimensions, in Gymnasium 27 or 105
+        "maze2d-umaze-v1",
+        "antmaze-umaze-v2",
+        "kitchen-mixed-v0",
+        "bullet-hopper-medium-v0",
+        "flow-ring-random-v1",
+        "Hopper-v5",  # no id of D4RL
+        "hopper-medium-demo",
+    ],
+)
+def test_other_ids_have_none(name):
+    assert d4rl_registry.gymnasium_id(name) is None
