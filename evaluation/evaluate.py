@@ -1,7 +1,8 @@
 """Evaluates an ensemble on trajectories that it never saw: tables, and the headline numbers out of them; no files.
 
-All kinds of ensembles answer to every score. Where one needs a distribution and members predict points, the variance
-of a member's residuals, one per dimension, completes its point to a distribution.
+All kinds of ensembles are scored alike. Where members predict points and a score needs distributions, the variance of a
+member's residuals, one per dimension, completes its points. The likelihood of the mixture of members is that of their
+kind's own density; CRPS, coverage and calibration are those of Gaussians with the same means and variances.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Rows:
         next_states: ``(N, D)``.
         trajectory: Index of each row's trajectory in its dataset, ``(N,)``.
         step: Place of each row in its trajectory, from 0, ``(N,)``.
-        steps_left: Transitions from each row to the end of its trajectory, the row's own included, ``(N,)``.
+        steps_left: Transitions from each row to the end of its trajectory, the row's own included, ``(N,)``; 1 where
+            rows are in no order.
     """
 
     states: np.ndarray
@@ -51,13 +52,14 @@ def gather_rows(dataset: Dataset, indices: np.ndarray) -> Rows:
     transitions = gather_transitions(dataset, indices)
     lengths = np.array([dataset.trajectories[index].num_transitions for index in indices], dtype=np.int64)
     step = np.concatenate([np.arange(length) for length in lengths])
+    in_order = np.repeat([dataset.trajectories[index].in_order for index in indices], lengths)
     return Rows(
         transitions.states,
         transitions.actions,
         transitions.next_states,
         trajectory=np.repeat(np.asarray(indices, dtype=np.int64), lengths),
         step=step,
-        steps_left=np.repeat(lengths, lengths) - step,
+        steps_left=np.where(in_order, np.repeat(lengths, lengths) - step, 1),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from data.trajectories import Dataset
+from data.trajectories import Finding
 from evaluation.selection import MAX_ROWS, Model, Selection
 from evaluation.tables import LEVELS, Tables
 from reporting.page import Section, format_cell, html_page
@@ -26,7 +26,10 @@ _PARTS = {
     "holdout": "the selection holdout: its error chose the members' weights and elites, so these scores flatter the "
     "model; train with --test_ratio for a test",
     "train": "training trajectories: the scores say how well the model fits what it has seen, not how well it predicts",
-    "unseen": "a dataset other than the one the model was trained on: all of it is unseen",
+    "other holdout": "the dataset that was held out for selection: its error chose the members' weights and elites, so "
+    "these scores flatter the model",
+    "unseen": "a dataset other than the one the model was trained on: no trajectory of it trained the model or "
+    "selected anything",
 }
 
 
@@ -48,6 +51,8 @@ class EvaluationFacts:
         trajectories: Trajectories that they are of.
         notes: What a reader must know to judge the scores, in sentences.
         seed: Seed of folds, start points and sampling.
+        findings: What was found about that dataset.
+        training_findings: What was found about the one that the model was trained on, if that is another.
         config: The model's settings.
         command: What made the report.
         git_commit: Which code made it; None if unknown.
@@ -66,17 +71,38 @@ class EvaluationFacts:
     trajectories: int
     notes: list[str]
     seed: int
+    findings: list[Finding]
+    training_findings: list[Finding]
     config: dict[str, Any]
     command: str
     git_commit: str | None
 
     @classmethod
     def of(
-        cls, model: Model, dataset: Dataset, selection: Selection, *, has_training_rows: bool, seed: int, command: str
+        cls,
+        model: Model,
+        selection: Selection,
+        findings: Sequence[Finding],
+        *,
+        has_training_rows: bool,
+        seed: int,
+        command: str,
     ) -> EvaluationFacts:
         """Gathers the facts of an evaluation; the arguments are what it was made with."""
+        dataset = selection.dataset
         trained_on = model.metadata["dataset"]["name"]
         notes = [f"Evaluated on {_PARTS[selection.part]}."]
+        if selection.copies:
+            of = selection.available + (0 if selection.keeps_copies else selection.copies)
+            fate = "are counted all the same, so these scores flatter the model"
+            notes.append(
+                f"{selection.copies} of {of} trajectories equal training trajectories and "
+                + (fate if selection.keeps_copies else "were left out (--keep_copies counts them).")
+            )
+        if selection.part == "unseen" and "training_fingerprints" not in model.metadata["dataset"]:
+            notes.append("The model is of an older version: copies of its training trajectories cannot be told here.")
+        if not all(dataset.trajectories[index].in_order for index in selection.indices):
+            notes.append("Its rows do not follow one another: rollouts of more than one step are refused.")
         if len(selection.indices) < selection.available:
             notes.append(
                 f"{len(selection.indices)} of {selection.available} trajectories were drawn at random, for about "
@@ -90,6 +116,8 @@ class EvaluationFacts:
             )
         if len(selection.indices) < 2:
             notes.append("With a single trajectory nothing can be recalibrated, and standard errors are unknown.")
+        is_other = selection.part in ("unseen", "other holdout")
+        other_findings = model.metadata["dataset"].get("findings", []) if is_other else []
         return cls(
             model=model.name,
             kind=model.metadata["kind"],
@@ -104,6 +132,8 @@ class EvaluationFacts:
             trajectories=len(selection.indices),
             notes=notes,
             seed=seed,
+            findings=list(findings),
+            training_findings=[Finding(**found) for found in other_findings],
             config=model.metadata["config"],
             command=command,
             git_commit=git_commit(),
@@ -116,7 +146,8 @@ class EvaluationFacts:
 
 def slug(name: str) -> str:
     """Makes a name into one that files and MLflow take: of a path the last part, without its ending."""
-    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(hdf5|h5|pkl|pickle)$", "", Path(name).name if "/" in name else name))
+    parts = [Path(part).name if "/" in part else part for part in name.split(" + ")]
+    return re.sub(r"[^\w.-]+", "-", "-".join(re.sub(r"\.(hdf5|h5|pkl|pickle)$", "", part) for part in parts))
 
 
 # --- The page ---
@@ -309,6 +340,7 @@ def html_report(
     origin = f"Seed {facts.seed}; code {facts.git_commit or 'unknown'}; data {facts.sha256[:16]}."
     sections = [
         *measured_sections(tables, horizons),
+        audit_section(facts),
         Section("How it was made", f"{facts.command}. {origin}", [], {}, {"Configuration of the model": settings}),
     ]
     members = "member" if facts.members == 1 else "members"
@@ -321,6 +353,16 @@ def html_report(
     opening.append(f'<div class="cards">{"".join(map(_html_card, headline_cards(summary, horizons)))}</div>')
     opening.append(f'<p class="units">{html.escape(UNITS)}</p>')
     return html_page(facts.title, "\n".join(opening), sections, figures, CAPTIONS, headings=HEADINGS)
+
+
+def audit_section(facts: EvaluationFacts) -> Section:
+    """Returns what was found about the datasets, as tables."""
+    tables = {}
+    for name, findings in ((facts.dataset, facts.findings), (facts.trained_on, facts.training_findings)):
+        if findings:
+            tables[name] = pd.DataFrame([dataclasses.asdict(finding) for finding in findings]).drop(columns="matters")
+    text = "What was found about the data before anything was computed." if tables else "Nothing was found."
+    return Section("What the data say", text, [], tables, {})
 
 
 def _html_card(card: Card) -> str:

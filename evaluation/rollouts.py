@@ -180,9 +180,10 @@ def simulate(
     ahead it is the ensemble's own mixture, whatever was drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = {"mean": 1, "member": len(ensemble)}.get(propagation, len(ensemble) * ensemble.draws_per_member(PARTICLES))
+    draws = ensemble.draws_per_member(PARTICLES) if propagation in ("ts1", "tsinf") else 1
+    members = torch.arange(len(ensemble)).repeat_interleave(draws)[:, None]  # the member of each particle, (P, 1)
+    count = 1 if propagation == "mean" else len(members)
     particles = torch.as_tensor(rows.states[starts], device=ensemble.device).expand(count, -1, -1)
-    members = None
     for step in range(steps):
         alive = np.count_nonzero(rows.steps_left[starts] > step)  # the start points that end first come last
         particles = particles[:, :alive]
@@ -195,12 +196,9 @@ def simulate(
             mean = particles = ensemble.predict_each(particles, actions)[0]
             variance = torch.full_like(mean[:1], torch.nan)
         else:
-            if members is None:  # particles are still alike: in order of their members, sums are rounded the same way
-                members = ensemble.deal_members(count, alive, generator).sort(dim=0).values
-            elif propagation == "ts1":
+            if propagation == "ts1" and step > 0:
                 members = ensemble.deal_members(count, alive, generator)
-            members = members[:, :alive]
-            means, variances = ensemble.predict_members(particles, actions, members)
+            means, variances = ensemble.predict_members(particles, actions, members.expand(-1, alive))
             mean, variance = _mix(means, variances)
             particles = ensemble.draw(means, variances, generator)
         yield SimulatedStates(*(part.cpu().numpy() for part in (particles, mean, variance)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 import dynamics_model
-from data.sources import load_dataset
-from data.trajectories import Dataset, Transitions, gather_transitions
+from data.sources import load_datasets
+from data.splits import Division, Split, unlike
+from data.trajectories import Dataset, Transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation.predictions import Rows, gather_rows
 from utils import InputError
@@ -52,9 +54,19 @@ class Model:
         ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
         return cls(path, metadata.get("run_name") or path.stem, ensemble, metadata)
 
+    @property
+    def dataset_names(self) -> list[str]:
+        """Names of the datasets that it was trained on."""
+        trained_on = self.metadata["dataset"]
+        return [part["name"] for part in trained_on.get("parts") or [trained_on]]
+
+    def division(self, dataset: Dataset) -> Division | None:
+        """Returns how the dataset was divided to train the model; None if it was not there, or not as it is now."""
+        return Division.restore(dataset, self.metadata["dataset"])
+
     def was_trained_on(self, dataset: Dataset) -> bool:
         """Whether trajectories of this dataset trained the model."""
-        return dataset.sha256 == self.metadata["dataset"]["sha256"]
+        return self.division(dataset) is not None
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,20 @@ class Selection:
     """Trajectories to evaluate on, and how the model knows them.
 
     Attributes:
+        dataset: Where they are; pieces of the dataset asked for, where training divided it so.
         indices: Sorted indices of trajectories.
-        part: ``test``, ``holdout``, ``train`` or ``unseen``.
+        part: ``test``, ``holdout``, ``train``, ``unseen``, or ``other holdout`` for a dataset that only validated.
         available: How many trajectories that part has; where they are too many, some were drawn.
+        copies: How many more, or among them, equal training trajectories.
+        keeps_copies: Whether these are among them.
     """
 
+    dataset: Dataset
     indices: np.ndarray
     part: str
     available: int
+    copies: int = 0
+    keeps_copies: bool = False
 
 
 # --- Loading ---
@@ -113,21 +131,21 @@ def find_training_rows(model: Model, dataset: Dataset, quiet: bool) -> Transitio
     Returns:
         None where the model's dataset is not here any more, or not in the version that it was trained on.
     """
-    if not model.was_trained_on(dataset):
+    if dataset.sha256 != model.metadata["dataset"]["sha256"]:
         try:
-            dataset = load_dataset(model.metadata["dataset"]["name"], quiet=quiet)
+            dataset = load_datasets(model.dataset_names, quiet=quiet)
         except InputError:
             return None
-    if not model.was_trained_on(dataset):
+    if dataset.sha256 != model.metadata["dataset"]["sha256"]:
         return None
-    return gather_transitions(dataset, np.asarray(model.metadata["dataset"]["split"]["train"], dtype=np.int64))
+    return model.division(dataset).training()
 
 
 # --- Selecting ---
 
 
 def select_trajectories(
-    model: Model, dataset: Dataset, max_rows: int, seed: int, split: str | None = None
+    model: Model, dataset: Dataset, max_rows: int, seed: int, split: str | None = None, keep_copies: bool = False
 ) -> Selection:
     """Chooses the trajectories that the model knows least, or those asked for; draws from them if they are too many.
 
@@ -137,23 +155,40 @@ def select_trajectories(
         max_rows: How many transitions are enough.
         seed: Seed of the draw.
         split: The part asked for: ``test``, ``holdout`` or ``train``.
+        keep_copies: Whether to keep trajectories that equal training ones.
 
     Raises:
         InputError: If there are none.
     """
-    if model.was_trained_on(dataset):
-        part, indices = choose_part(model, dataset.name, split)
+    trained_on = model.metadata["dataset"]
+    division = model.division(dataset)
+    if division is not None:
+        part, indices = choose_part(model.name, division.split, dataset.name, split)
+        dataset = division.dataset
     elif split is None:
-        part, indices = "unseen", np.arange(len(dataset.trajectories))
+        validated = trained_on.get("holdout_dataset") or {"sha256": None}
+        part = "other holdout" if dataset.sha256 == validated["sha256"] else "unseen"
+        indices = np.arange(len(dataset.trajectories))
     else:
         raise InputError(
-            f"--split {split} is for the dataset the model was trained on, {model.metadata['dataset']['name']!r}; all "
-            f"of {dataset.name!r} is unseen: leave --split out"
+            f"--split {split} is for the dataset the model was trained on, {trained_on['name']!r}; all of "
+            f"{dataset.name!r} is unseen: leave --split out"
         )
-    return Selection(draw_trajectories(dataset, indices, max_rows, seed), part, available=len(indices))
+    chosen = [dataset.trajectories[index] for index in indices]
+    is_new = unlike(chosen, trained_on.get("training_fingerprints", []))
+    copies = 0 if part == "train" else len(indices) - len(is_new)
+    if copies and not keep_copies:
+        indices = indices[is_new]
+    if not sum(dataset.trajectories[index].num_transitions for index in indices):
+        raise InputError(
+            f"every trajectory of {dataset.name!r} equals one that {model.name} was trained on; give other data, or "
+            "evaluate on what it has seen by --keep_copies"
+        )
+    drawn = draw_trajectories(dataset, indices, max_rows, seed)
+    return Selection(dataset, drawn, part, len(indices), copies, keep_copies)
 
 
-def choose_part(model: Model, name: str, split: str | None) -> tuple[str, list[int]]:
+def choose_part(model_name: str, split: Split, name: str, asked: str | None) -> tuple[str, np.ndarray]:
     """Chooses a part of the dataset that a model was trained on: the one asked for, else test, else the holdout.
 
     Returns:
@@ -162,15 +197,16 @@ def choose_part(model: Model, name: str, split: str | None) -> tuple[str, list[i
     Raises:
         InputError: If the model's split has no such part.
     """
-    parts = {part: indices for part, indices in model.metadata["dataset"]["split"].items() if indices}
-    chosen = split or next((part for part in ("test", "holdout") if part in parts), None)
+    parts = {field.name: getattr(split, field.name) for field in dataclasses.fields(split)}
+    parts = {part: indices for part, indices in parts.items() if indices.size}
+    chosen = asked or next((part for part in ("test", "holdout") if part in parts), None)
     if chosen is None:
         raise InputError(
-            f"{model.name} was trained on all of {name!r}; train with --test_ratio 0.2, give another dataset, or look "
+            f"{model_name} was trained on all of {name!r}; train with --test_ratio 0.2, give another dataset, or look "
             "at what it has seen with --split train"
         )
     if chosen not in parts:
-        raise InputError(f"--split {split}: {model.name} has no such part of {name!r}, only {', '.join(parts)}")
+        raise InputError(f"--split {asked}: {model_name} has no such part of {name!r}, only {', '.join(parts)}")
     return chosen, parts[chosen]
 
 
@@ -191,4 +227,5 @@ def unseen_rows(model: Model, dataset: Dataset, seed: int) -> Rows:
     Raises:
         InputError: If it was trained on all.
     """
-    return gather_rows(dataset, select_trajectories(model, dataset, MAX_OTHER_ROWS, seed).indices)
+    selection = select_trajectories(model, dataset, MAX_OTHER_ROWS, seed)
+    return gather_rows(selection.dataset, selection.indices)

@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.report import EvaluationFacts, earlier_files, headline_cards, slug, write_report
+from data.trajectories import Finding
+from evaluation.report import EvaluationFacts, audit_section, earlier_files, headline_cards, slug, write_report
 from evaluation.selection import Model, Selection
 
 SUMMARY = {
@@ -21,17 +22,21 @@ SUMMARY = {
 }
 
 
+FOUND = Finding("jumps", 4, "trajectory 0 step 2", "they dominate", "remove them", matters=True)
+
+
 @pytest.fixture
 def facts_of(knowing_ensemble, walks):
     """Returns a function that gathers the facts of evaluating a model on some of three trajectories."""
 
-    def gather(*indices, part="test", available=None, has_training_rows=True):
-        model = Model(
-            None, "m", knowing_ensemble(), {"kind": "of its own", "config": {"seed": 3}, "dataset": {"name": "d"}}
-        )
-        selection = Selection(np.array(indices), part, len(indices) if available is None else available)
+    def gather(*indices, part="test", available=None, has_training_rows=True, findings=(), dataset=None, **more):
+        trained_on = {"name": "d", "training_fingerprints": [], "findings": [dataclasses.asdict(FOUND)]}
+        metadata = {"kind": "of its own", "config": {"seed": 3}, "dataset": trained_on}
+        model = Model(None, "m", knowing_ensemble(), metadata)
+        available = len(indices) if available is None else available
+        selection = Selection(dataset or walks(2, 3, 4), np.array(indices), part, available, **more)
         options = {"has_training_rows": has_training_rows, "seed": 0, "command": "python evaluate_model.py"}
-        return EvaluationFacts.of(model, walks(2, 3, 4), selection, **options)
+        return EvaluationFacts.of(model, selection, findings, **options)
 
     return gather
 
@@ -50,6 +55,35 @@ def test_facts_warn_of_what_a_reader_must_know(facts_of):
     assert "these scores flatter the model" in single.notes[0]
     assert single.notes[1].startswith("The training dataset d is not here in the version that was trained on")
     assert single.notes[2].startswith("With a single trajectory nothing can be recalibrated")
+
+
+def test_facts_tell_of_copies_and_of_rows_in_no_order(facts_of, walks):
+    left_out, kept = facts_of(0, 1, part="unseen", copies=1), facts_of(0, 1, part="unseen", copies=1, keeps_copies=True)
+    assert (
+        left_out.notes[1]
+        == "1 of 3 trajectories equal training trajectories and were left out (--keep_copies counts them)."
+    )
+    assert kept.notes[1].startswith("1 of 2 trajectories equal training trajectories and are counted all the same")
+    mixed = walks(2, 3)
+    mixed.trajectories[1] = dataclasses.replace(mixed.trajectories[1], in_order=False)
+    assert facts_of(0, 1, dataset=mixed).notes[1].endswith("rollouts of more than one step are refused.")
+
+
+def test_the_audit_is_shown_whole_and_that_of_other_training_data_beside_it(facts_of):
+    own, other = (facts_of(0, 1, part=part, findings=[FOUND]) for part in ("test", "unseen"))
+    assert (own.findings, own.training_findings, other.training_findings) == ([FOUND], [], [FOUND])
+    section = audit_section(other)
+    assert list(section.tables) == ["walks", "d"]
+    assert section.tables["d"].to_dict("records") == [
+        {
+            "name": "jumps",
+            "count": 4,
+            "where": "trajectory 0 step 2",
+            "effect": "they dominate",
+            "advice": "remove them",
+        }
+    ]
+    assert audit_section(facts_of(0, 1)).text == "Nothing was found."
 
 
 def test_a_report_is_written_whole_and_replaces_an_earlier_one(facts_of, tmp_path):
@@ -83,6 +117,7 @@ def test_cards_show_the_last_horizon_up_to_25_and_leave_out_what_is_unknown():
         ("/data/some where/file.v2.hdf5", "file.v2"),
         ("mujoco/hopper/medium-v0", "medium-v0"),
         ("a b", "a-b"),
+        ("/data/one.hdf5 + hopper-medium-v0", "one-hopper-medium-v0"),
     ],
 )
 def test_slugs(name, short):

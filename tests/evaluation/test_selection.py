@@ -1,11 +1,14 @@
+import dataclasses
 import pickle
 
 import numpy as np
 import pytest
 
-from data.trajectories import Dataset
+from data.splits import Division, Piece, Split
+from data.trajectories import Dataset, Part
 from deterministic_model import DeterministicModel
 from dynamics_model import FORMAT_VERSION
+from evaluation.predictions import gather_rows
 from evaluation.selection import (
     Model,
     check_fit,
@@ -32,9 +35,11 @@ def saved(tmp_path, constant_member):
     return save
 
 
-def model_of(dataset, **split):
-    parts = {"train": [], "holdout": [], "test": []} | split
-    return Model(None, "m", None, {"dataset": {"name": dataset.name, "sha256": dataset.sha256, "split": parts}})
+def model_of(dataset, pieces=None, **split):
+    """A model that was trained on a dataset, of whose trajectories or pieces it saw these."""
+    parts = {side: np.array(split.get(side, []), np.int64) for side in ("train", "holdout", "test")}
+    division = Division(dataset, dataset, Split(**parts), pieces)
+    return Model(None, "m", None, {"dataset": {"name": dataset.name, **division.to_dict()}})
 
 
 def test_models_bear_the_names_of_their_runs_or_else_of_their_files(saved):
@@ -79,25 +84,78 @@ def test_trajectories_are_drawn_whole_until_there_are_enough_rows(walks):
 
 
 def test_the_part_that_the_model_knows_least_is_chosen(walks):
-    data = walks(2, 2, 2)
-    assert choose_part(model_of(data, train=[0], holdout=[1], test=[2]), "d", None) == ("test", [2])
-    assert choose_part(model_of(data, train=[0], holdout=[1]), "d", None) == ("holdout", [1])
-    assert choose_part(model_of(data, train=[0], holdout=[1], test=[2]), "d", "train") == ("train", [0])
+    def choose(asked, **split):
+        dataset = walks(2, 3, 4)
+        part, indices = choose_part("m", model_of(dataset, **split).division(dataset).split, "d", asked)
+        return part, indices.tolist()
+
+    assert choose(None, train=[0], holdout=[1], test=[2]) == ("test", [2])
+    assert choose(None, train=[0], holdout=[1]) == ("holdout", [1])
+    assert choose("train", train=[0], holdout=[1], test=[2]) == ("train", [0])
     with pytest.raises(InputError, match="--test_ratio"):
-        choose_part(model_of(data, train=[0]), "d", None)
+        choose(None, train=[0])
     with pytest.raises(InputError, match="no such part of 'd', only train, test"):
-        choose_part(model_of(data, train=[0], test=[1]), "d", "holdout")
+        choose("holdout", train=[0], test=[1])
 
 
-def test_another_dataset_is_unseen_as_a_whole(walks, noisy_dataset):
-    model, other = model_of(walks(5, 5), test=[1]), Dataset("other", None, "1" * 64, walks(3, 4, 5).trajectories)
+def test_another_dataset_is_unseen_as_a_whole(walks):
+    model, other = model_of(walks(5, 5), test=[1]), Dataset("other", None, "1" * 64, walks(3, 4, 6).trajectories)
     found = select_trajectories(model, other, max_rows=7, seed=0)
     assert (found.part, found.available, len(found.indices)) == ("unseen", 3, 2)
-    assert len(unseen_rows(model, other, seed=0)) == 12
+    assert len(unseen_rows(model, other, seed=0)) == 13
     own = select_trajectories(model, walks(5, 5), max_rows=7, seed=0)
     assert (own.part, own.available, own.indices.tolist()) == ("test", 1, [1])
     with pytest.raises(InputError, match="leave --split out"):
         select_trajectories(model, other, 7, seed=0, split="test")
+
+
+def test_copies_of_training_trajectories_are_left_out_wherever_they_are(walks):
+    model = model_of(walks(3, 4, 5), train=[0, 2], test=[1])
+    other = Dataset("other", None, "1" * 64, walks(5, 6, 3, 4).trajectories)
+    found = select_trajectories(model, other, max_rows=100, seed=0)
+    assert (found.indices.tolist(), found.available, found.copies) == ([1, 3], 2, 2)
+    assert len(unseen_rows(model, other, seed=0)) == 10
+    counted = select_trajectories(model, other, max_rows=100, seed=0, keep_copies=True)
+    assert (counted.indices.tolist(), counted.copies, counted.keeps_copies) == ([0, 1, 2, 3], 2, True)
+    copies = Dataset("copies", None, "1" * 64, walks(5, 3).trajectories)
+    with pytest.raises(
+        InputError, match="every trajectory of 'copies' equals one that m was trained on; .*keep_copies"
+    ):
+        select_trajectories(model, copies, max_rows=100, seed=0)
+
+
+def test_a_dataset_that_only_validated_is_no_unseen_one(walks):
+    other = Dataset("other", None, "1" * 64, walks(5, 6).trajectories)
+    model = model_of(walks(3, 4), train=[0, 1])
+    model.metadata["dataset"]["holdout_dataset"] = {"name": "other", "sha256": other.sha256}
+    assert select_trajectories(model, other, max_rows=100, seed=0).part == "other holdout"
+
+
+def test_of_a_recording_in_blocks_the_pieces_kept_apart_are_evaluated(walks):
+    recording = walks(30)
+    model = model_of(recording, (Piece(0, 0, 18), Piece(0, 20, 30)), train=[0], test=[1])
+    found = select_trajectories(model, recording, max_rows=100, seed=0)
+    assert gather_rows(found.dataset, found.indices).states[:, 0].tolist() == list(range(20, 30))
+    assert find_training_rows(model, recording, quiet=True).states[:, 0].tolist() == list(range(18))
+    elsewhere = Dataset("other", None, "1" * 64, recording.trajectories)
+    with pytest.raises(InputError, match="every trajectory of 'other' equals one"):
+        select_trajectories(model, elsewhere, max_rows=100, seed=0)
+
+
+def test_one_of_the_datasets_that_were_joined_is_known_by_its_own_split(walks):
+    first, second = walks(2, 3), Dataset("second", None, "1" * 64, walks(4, 1, 5, 6).trajectories)
+    parts = (Part("walks", first.sha256, 2), Part("second", second.sha256, 4))
+    joined = Dataset("both", None, "2" * 64, [*first.trajectories, *second.trajectories], parts=parts)
+    model = model_of(joined, train=[0, 2, 4], test=[1, 3, 5])
+    assert model.dataset_names == ["walks", "second"]
+    for dataset, expected in ((joined, [1, 3, 5]), (first, [1]), (second, [1, 3])):
+        assert select_trajectories(model, dataset, max_rows=100, seed=0).indices.tolist() == expected
+    # Joined with one that has next observations, a paired dataset loses the trajectories of a single row.
+    paired = [dataclasses.replace(trajectory, next_observations=None) for trajectory in second.trajectories]
+    model.metadata["dataset"]["parts"][1]["num_trajectories"] = 3
+    model.metadata["dataset"] |= {"trajectories": 5, "split": {"train": [0, 2], "holdout": [3], "test": [1, 4]}}
+    found = select_trajectories(model, Dataset("second", None, second.sha256, paired), max_rows=100, seed=0)
+    assert [len(found.dataset.trajectories[index]) for index in found.indices] == [6]
 
 
 def test_training_rows_are_those_of_the_split(walks):
