@@ -1,31 +1,35 @@
 """Planning inside a learned ensemble: the cross-entropy method, from a batch of states, guided by a policy or not.
 
     core = ModelEnv(load_ensemble("model.pkl"), "Hopper-v5")
-    planner = CEM(core, horizon=20, prior=clone_policy(states, actions))
-    action = planner.plan(state)        # (batch, action_dim), for as many environments as there are states
+    planner = CEM(core, horizon=20, prior=clone_policy(states, actions), spread=0.1)
+    actions = planner.plan(states)  # (batch, action_dim), for as many environments as there are states
 
 ``CEM`` is iCEM (Pinneri et al. 2020, "Sample-efficient cross-entropy method for real-time planning"): noise that is
 correlated over time, elites that are kept between iterations and between steps, fewer candidates in later iterations.
-Particles carry each candidate through the ensemble's propagation, as in PETS (Chua et al. 2018).
+Several particles carry each candidate through the ensemble, as in PETS (Chua et al. 2018).
 
 In a model of offline data, free planning finds the actions about which the model is wrong. With a ``prior``, a policy
 cloned from the data, candidates are deviations from what that policy does in the states that the model predicts, which
-is the idea of MBOP (Argenson and Dulac-Arnold 2021).
+is the idea of MBOP (Argenson and Dulac-Arnold 2021); its value function and its weighted mean of all candidates are not
+here.
 
 Shapes are ``(batch, ...)``; states, actions and rewards are in raw units. Nothing loops over members, candidates or
-environments. This module imports PyTorch, NumPy and the model modules.
+environments: a step of the horizon is one call of ``ModelEnv.step``. This module imports PyTorch and the model modules.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor, nn
 
 from dynamics_model import Array, as_tensor, random_stream
-from model_env import ModelEnv
+
+if TYPE_CHECKING:  # it needs Gymnasium, which planning does not
+    from model_env import ModelEnv
 
 Policy = Callable[[Tensor], Tensor]
 """From states ``(batch, state_dim)`` to actions ``(batch, action_dim)``, raw units."""
@@ -34,26 +38,27 @@ Policy = Callable[[Tensor], Tensor]
 class CEM:
     """Plans for every state by itself; keeps its plans from one step to the next.
 
-    Differences from iCEM: a batch of states is planned for at once, and candidates can be deviations from a policy.
-    What a plan earns after its episode has ended is ``reward_after_end``: sums that go on as if nothing had happened
-    overrate what dies, and 0, where rewards are negative, makes ending an aim.
+    Differences from iCEM: a batch of states is planned for at once; candidates can be deviations from a policy; and the
+    mean is a candidate in the first iteration, too, so that what the prior does is always considered.
 
     Args:
-        core: What is planned in; it needs ``action_bounds``.
+        core: What is planned in. Anything with its ``start``, ``step`` and ``action_bounds`` will do, if
+            ``reward_after_end`` and ``generator`` are given.
         horizon: Steps to look ahead.
         population: Candidates per state in the first iteration.
-        iterations: Of the search, each step.
+        iterations: Of the search, at each step.
         particles: Paths of each candidate through the ensemble.
         prior: A policy whose actions candidates deviate from; None searches all actions.
-        elite_share: Share of the candidates that the next iteration is drawn around.
+        elite_share: Share of the population that the next iteration is drawn around.
         kept_share: Share of the elites that stay candidates, in the next iteration and, moved on, in the next step.
         spread: Standard deviation of the first candidates, in half widths of the action bounds.
         noise_beta: Exponent of the noise's spectrum ``1 / f^beta``: 0 is white, 2 drifts slowly.
         momentum: Weight of the old mean and deviation in the new ones.
         discount: Per step.
-        reward_after_end: Paid for each step of the horizon behind an episode's end; None: the lowest reward of the
-            model's data, where the model knows it and it is negative, else 0.
-        generator: Of candidates and of what the model draws; None: a stream of the ensemble's seed.
+        reward_after_end: Paid for each step of the horizon behind an episode's end. Rewards that go on as if nothing
+            had happened overrate plans that die; 0, where rewards are negative, makes dying an aim. None: the lowest
+            reward of the model's data, where the model knows it and it is negative, else 0.
+        generator: Of candidates and of what the model draws, on the CPU; None: a stream of the ensemble's seed.
     """
 
     def __init__(
@@ -86,24 +91,24 @@ class CEM:
             raise ValueError("the bounds of actions are unknown; give the ModelEnv a task, such as task='Hopper-v5'")
         self.core, self.prior = core, prior
         self.horizon, self.population, self.iterations, self.particles = horizon, population, iterations, particles
-        self.elite_share, self.kept_share, self.spread = elite_share, kept_share, spread
-        self.noise_beta, self.momentum, self.discount = noise_beta, momentum, discount
+        self.spread, self.noise_beta, self.momentum, self.discount = spread, noise_beta, momentum, discount
+        self.elites = max(2, round(elite_share * population))
+        self.kept = max(1, round(kept_share * self.elites))
         if reward_after_end is None:
-            lowest_reward = core.ensemble.metadata.get("data", {}).get("lowest_reward")
-            reward_after_end = min(0.0, lowest_reward) if lowest_reward is not None else 0.0
+            reward_after_end = min(0.0, core.ensemble.metadata.get("data", {}).get("lowest_reward") or 0.0)
         self.reward_after_end = reward_after_end
         self.generator = random_stream(core.ensemble.seed, 1, "propagation") if generator is None else generator
         self._low, self._high = core.action_bounds
-        self._mean: Tensor | None = None  # (batch, horizon, action_dim), of the step before, moved on by one
-        self._kept: Tensor | None = None  # (batch, kept, horizon, action_dim), likewise
+        # What plans start from, (action_dim,): no deviation from the prior, or the middle of the bounds.
+        self._centre = torch.zeros_like(self._low) if prior is not None else (self._low + self._high) / 2
+        self._plans: Tensor | None = None  # (batch, 1 + kept, horizon, action_dim): mean and elites of the last step
 
-    def reset(self, ended: Tensor | None = None) -> None:
+    def reset(self, ended: Array | None = None) -> None:
         """Forgets the plans of the environments that have ``ended``, bool ``(batch,)``; of all where it is None."""
-        if ended is None or self._mean is None:
-            self._mean = self._kept = None
-        else:
-            self._mean[ended] = self._centre
-            self._kept[ended] = self._centre
+        if ended is None:
+            self._plans = None
+        elif self._plans is not None:
+            self._plans[torch.as_tensor(ended, device=self._low.device)] = self._centre
 
     @torch.no_grad()
     def plan(self, states: Array) -> Tensor:
@@ -113,28 +118,30 @@ class CEM:
             states: ``(batch, state_dim)``. Row by row the environments of the call before, one step later; another
                 number of rows starts anew.
         """
-        states = as_tensor(states, self.core.ensemble.device)
-        if self._mean is None or len(self._mean) != len(states):
-            self._mean = self._centre.expand(len(states), self.horizon, -1).clone()
-            self._kept = self._mean[:, None][:, :0]
-        mean, std = self._mean, (self.spread * (self._high - self._low) / 2).expand_as(self._mean)
-        kept, size = self._kept, self.population
+        states = as_tensor(states, self._low.device)
+        if self._plans is None or len(self._plans) != len(states):
+            self._plans = self._centre.repeat(len(states), 1 + self.kept, self.horizon, 1)
+        mean, kept = self._plans[:, 0], self._plans[:, 1:]
+        std = (self.spread * (self._high - self._low) / 2).expand_as(mean)
+        kept[:, :, -1] = self._draw(mean, std, kept.shape[1])[:, :, -1]  # the step that has come into the horizon
+        size = self.population
         for iteration in range(self.iterations):
-            candidates = torch.cat([self._draw(mean, std, size), kept], dim=1)
-            if iteration == self.iterations - 1:
-                candidates = torch.cat([candidates, mean[:, None]], dim=1)
-            returns = self.evaluate(states, candidates)  # (batch, candidates)
-            elites = returns.topk(max(2, round(self.elite_share * self.population)), dim=1).indices
-            best = candidates.gather(1, elites[..., None, None].expand(-1, -1, *candidates.shape[2:]))
-            mean = self.momentum * mean + (1 - self.momentum) * best.mean(dim=1)
-            std = self.momentum * std + (1 - self.momentum) * best.std(dim=1)
-            kept = best[:, : max(1, round(self.kept_share * best.shape[1]))]
-            size = max(2 * best.shape[1], round(size / 1.25))
-        first = best[:, 0, 0]  # the best candidate's first action, or deviation
-        self._mean = self._move_on(mean)
-        self._kept = self._move_on(kept)
-        return self._act(states, first)
+            candidates = [self._draw(mean, std, size), kept]
+            if iteration in (0, self.iterations - 1):
+                candidates.append(mean[:, None])  # at first the plan of the step before, or what the prior does
+            candidates = torch.cat(candidates, dim=1)
+            returns, best = self.evaluate(states, candidates).topk(self.elites, dim=1)  # (batch, elites)
+            best = torch.where(returns.isfinite(), best, best[:, :1])
+            elites = candidates[torch.arange(len(states), device=best.device)[:, None], best]
+            mean = self.momentum * mean + (1 - self.momentum) * elites.mean(dim=1)
+            std = self.momentum * std + (1 - self.momentum) * elites.std(dim=1, correction=0)
+            kept = elites[:, : self.kept]
+            size = max(2 * self.elites, round(size / 1.25))
+        plans = torch.cat([mean[:, None], kept], dim=1)
+        self._plans = torch.cat([plans[:, :, 1:], plans[:, :, -1:]], dim=2)  # the first step is taken now
+        return self._act(states, elites[:, 0, 0])
 
+    @torch.no_grad()
     def evaluate(self, states: Tensor, candidates: Tensor) -> Tensor:
         """Returns what candidates earn, a mean over particles: ``(batch, candidates)``; ``-inf`` for what is no number.
 
@@ -143,23 +150,25 @@ class CEM:
             candidates: Actions, or deviations from the prior's, ``(batch, candidates, horizon, action_dim)``.
         """
         batch, count = candidates.shape[:2]
-        paths = count * self.particles
-        state = self.core.start(states.repeat_interleave(paths, dim=0), self.generator)
-        sequences = candidates.repeat_interleave(self.particles, dim=1).flatten(0, 1)  # (batch * paths, horizon, ...)
-        total = torch.zeros(batch * paths, device=states.device)
-        alive = torch.ones_like(total, dtype=torch.bool)
-        for step in range(self.horizon):
-            taken = self.core.step(state, self._act(state.states, sequences[:, step]), self.generator)
-            total += self.discount**step * torch.where(alive, taken.reward, self.reward_after_end)
-            alive &= ~(taken.terminated | taken.halted)
+        state = self.core.start(states.repeat_interleave(count * self.particles, dim=0), self.generator)
+        if state.members is not None:  # a candidate's particles keep different members, the same for all candidates
+            dealt = self.core.deal(self.particles, self.generator)
+            state = state._replace(members=dealt.repeat(batch * count))
+        steps = candidates.repeat_interleave(self.particles, dim=1).flatten(0, 1).unbind(dim=1)
+        total = torch.zeros(len(state.states), device=states.device)
+        ended = torch.zeros_like(total, dtype=torch.bool)
+        for step, values in enumerate(steps):
+            taken = self.core.step(state, self._act(state.states, values), self.generator)
+            total += self.discount**step * torch.where(ended, self.reward_after_end, taken.reward)
+            ended |= taken.terminated | taken.halted
             state = taken.state
         returns = total.view(batch, count, self.particles).mean(dim=-1)
-        return torch.where(returns.isnan(), -torch.inf, returns)
+        return torch.where(returns.isfinite(), returns, -torch.inf)
 
     def _act(self, states: Tensor, values: Tensor) -> Tensor:
         """Returns actions inside their bounds: the values themselves, or the prior's actions with these deviations."""
         actions = values if self.prior is None else self.prior(states) + values
-        return actions.clamp(self._low, self._high)
+        return actions.nan_to_num(0.0).clamp(self._low, self._high)  # a path that is no number earns none, either
 
     def _draw(self, mean: Tensor, std: Tensor, count: int) -> Tensor:
         """Draws candidates ``(batch, count, horizon, action_dim)`` around means ``(batch, horizon, action_dim)``."""
@@ -167,15 +176,6 @@ class CEM:
         noise = coloured_noise(shape, self.noise_beta, self.generator).to(mean.device).movedim(-1, -2)
         drawn = mean[:, None] + std[:, None] * noise
         return drawn.clamp(self._low, self._high) if self.prior is None else drawn
-
-    @property
-    def _centre(self) -> Tensor:
-        """What plans start from, ``(action_dim,)``: no deviation, or the middle of the bounds."""
-        return torch.zeros_like(self._low) if self.prior is not None else (self._low + self._high) / 2
-
-    def _move_on(self, plans: Tensor) -> Tensor:
-        """Drops the step that is taken now from plans ``(..., horizon, action_dim)``, and repeats the last one."""
-        return torch.cat([plans[..., 1:, :], plans[..., -1:, :]], dim=-2)
 
 
 def coloured_noise(shape: tuple[int, ...], beta: float, generator: Generator) -> Tensor:
@@ -207,7 +207,7 @@ def clone_policy(
     batch_size: int = 256,
     learning_rate: float = 2e-3,
     seed: int = 0,
-) -> Policy:
+) -> nn.Sequential:
     """Clones the policy that took these actions, by least squares: behaviour cloning.
 
     Args:
@@ -218,30 +218,28 @@ def clone_policy(
         batch_size: Rows per step.
         learning_rate: Of Adam at the start; it falls to 0 along a cosine.
         seed: Of initial weights and of the order of rows.
+
+    Returns:
+        A ``Policy``, on the CPU, that gives the mean action in a state; not bounded.
     """
-    states, actions = (as_tensor(part, torch.device("cpu")) for part in (states, actions))
+    states, actions = (as_tensor(part, "cpu") for part in (states, actions))
     shift, scale = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    widths = [states.shape[1], *hidden_size, actions.shape[1]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        widths = [states.shape[1], *hidden_size, actions.shape[1]]
         layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-    network = nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.SiLU())), layers[-1])
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    batches = -(-len(states) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    inputs = (states - shift) / scale
+    policy = nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.SiLU())), layers[-1])
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(states) // batch_size))
+    generator, inputs = torch.Generator().manual_seed(seed), (states - shift) / scale
     for _ in range(epochs):
         for rows in torch.randperm(len(states), generator=generator).split(batch_size):
-            loss = (network(inputs[rows]) - actions[rows]).square().mean()
+            loss = (policy(inputs[rows]) - actions[rows]).square().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-    network.requires_grad_(False)
-
-    def policy(states: Tensor) -> Tensor:
-        inputs = (states - shift.to(states.device)) / scale.to(states.device)
-        return network.to(states.device)(inputs)
-
+    policy.requires_grad_(False)
+    layers[0].weight /= scale  # from here on it takes raw units
+    layers[0].bias -= layers[0].weight @ shift
     return policy

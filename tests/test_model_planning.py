@@ -1,31 +1,58 @@
 """model_planning: plans on a line whose dynamics are known, s' = s + 0.5 a: the best action can be worked out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, DynamicsEnsemble
-from model_env import ModelEnv
+from model_env import ModelEnv, ModelState, ModelStep
 from model_planning import CEM, clone_policy, coloured_noise
 from mujoco_tasks import Task
 
 
 @pytest.fixture
 def line(unit_normalisation):
-    """Returns a function that builds a ModelEnv of two equal members on the line, with actions in [-1, 1]."""
+    """Returns a function that builds a ModelEnv of members on the line, with actions in [-1, 1].
 
-    def build(reward, ends=lambda next_states: torch.zeros(len(next_states), dtype=torch.bool), lowest_reward=None):
-        member = DeterministicModel(Architecture(1, 1, hidden_size=()), unit_normalisation(1, 1))
-        with torch.no_grad():
-            member.network.dynamics.weights[0].copy_(torch.tensor([[[0.0], [0.5]]]))
-        ensemble = DynamicsEnsemble.from_members([member, member])
+    A member has its own gain: ``s' = s + gain a``.
+    """
+
+    def build(
+        reward,
+        ends=lambda next_states: torch.zeros(len(next_states), dtype=torch.bool),
+        lowest_reward=None,
+        gains=(0.5, 0.5),
+        **options,
+    ):
+        members = []
+        for gain in gains:
+            member = DeterministicModel(Architecture(1, 1, hidden_size=()), unit_normalisation(1, 1))
+            with torch.no_grad():
+                member.network.dynamics.weights[0].copy_(torch.tensor([[[0.0], [gain]]]))
+            members.append(member)
+        ensemble = DynamicsEnsemble.from_members(members)
         if lowest_reward is not None:
             ensemble.metadata = {"data": {"lowest_reward": lowest_reward}}
         task = Task("Line", (1,), 1, 1.0, 100, lambda s, a, n: ends(n[..., 0]), None, "learned", "a test's own")
-        return ModelEnv(ensemble, task, reward=lambda s, a, n: reward(n[..., 0]), state_bounds=None)
+        return ModelEnv(ensemble, task, reward=lambda s, a, n: reward(n[..., 0]), state_bounds=None, **options)
 
     return build
+
+
+class Recording(CEM):
+    """Remembers the candidates of each iteration, and what they were found to earn."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen = []
+
+    def evaluate(self, states, candidates):
+        returns = super().evaluate(states, candidates)
+        self.seen.append((candidates, returns))
+        return returns
 
 
 def to_zero(next_states):
@@ -41,14 +68,49 @@ def test_best_action_is_found_for_each_state_of_a_batch(line):
 
 
 def test_plans_are_kept_from_step_to_step_and_forgotten_where_an_episode_has_ended(line):
-    planner = CEM(line(to_zero), horizon=6, population=32, iterations=2, particles=1)
+    planner = Recording(line(to_zero), horizon=6, population=32, iterations=2, particles=1)
     states = torch.tensor([[3.0], [-3.0]])
     planner.plan(states)
-    assert planner._mean[0, :3].mean() < -0.3 and planner._mean[1, :3].mean() > 0.3, "the plans, moved on"
-    planner.reset(torch.tensor([True, False]))
-    assert (planner._mean[0] == 0).all() and planner._mean[1, :3].mean() > 0.3
+    candidates, returns = planner.seen[-1]
+    best = candidates[[0, 1], returns.argmax(dim=1)]  # (batch, horizon, action_dim)
+    kept_planner, planner = planner, copy.deepcopy(planner)
+    planner.reset(np.array([True, False]))
+    for each, kept in ((kept_planner, (True, True)), (planner, (False, True))):
+        each.plan(states)
+        candidates = each.seen[2][0]
+        mean = candidates[:, -1, :3].mean(dim=(1, 2)).tolist()
+        for row, sign in enumerate((-1, 1)):
+            moved_on = (candidates[row, :, :-1] == best[row, 1:]).all(dim=(1, 2)).any()
+            assert moved_on == kept[row], "the best plan is a candidate again, a step later"
+            assert sign * mean[row] > 0.3 if kept[row] else mean[row] == 0, "and the mean is"
     planner.reset()
     assert planner.plan(states[:1]).shape == (1, 1)
+
+
+def test_search_goes_on_from_elites_with_fewer_candidates(line):
+    planner = Recording(line(to_zero), horizon=3, population=100, iterations=3, particles=1)
+    planner.plan([[3.0]])
+    sizes = [candidates.shape[1] for candidates, _ in planner.seen]
+    assert sizes == [100 + 3 + 1, 80 + 3, 64 + 3 + 1], "drawn, kept from 10 elites, the mean first and last"
+    bests = [returns.max().item() for _, returns in planner.seen]
+    assert bests == sorted(bests), "the best so far stays a candidate"
+
+
+def test_a_step_of_the_horizon_is_one_step_of_the_model_for_all_states_candidates_and_particles(line):
+    core, rows = line(to_zero), []
+    step = core.step
+    core.step = lambda state, *rest: rows.append(len(state.states)) or step(state, *rest)
+    CEM(core, horizon=4, population=10, iterations=1, particles=3, elite_share=0.2).plan(np.zeros((5, 1)))
+    assert rows == [5 * (10 + 1 + 1) * 3] * 4
+
+
+def test_particles_of_every_candidate_keep_the_same_members(line):
+    """Equal candidates earn the same: none has drawn better members than another."""
+    core = line(lambda next_states: next_states, gains=(0.1, 0.5, 0.9), propagation="tsinf")
+    planner = CEM(core, horizon=2, particles=2)
+    earned = {planner.evaluate(torch.zeros(2, 1), torch.ones(2, 6, 2, 1)).unique().numpy().item() for _ in range(30)}
+    # A member of gain g earns g + 2 g; two of three members are dealt.
+    assert sorted(earned) == pytest.approx([0.9, 1.5, 2.1])
 
 
 def test_same_seed_plans_the_same_and_another_differently(line):
@@ -76,6 +138,15 @@ def test_prior_acts_in_the_states_that_the_model_predicts(line):
     planner = CEM(line(to_zero), horizon=3, population=2, iterations=1, particles=1, prior=prior, spread=0.0)
     planner.evaluate(torch.tensor([[0.0]]), torch.zeros(1, 1, 3, 1))
     assert [states.item() for states in seen] == [0.0, 0.5, 1.0]
+
+
+def test_a_path_that_runs_away_is_the_worst_and_does_not_stop_the_others(line):
+    """The prior's action in such a state is no number, which the model refuses."""
+    core = line(lambda next_states: next_states.square(), gains=(torch.inf, 0.5), propagation="tsinf")
+    planner = CEM(core, horizon=3, particles=1, prior=lambda states: 0 * states)
+    for _ in range(8):
+        returns = planner.evaluate(torch.zeros(1, 1), torch.tensor([[[[1.0]] * 3, [[0.0]] * 3]]))
+        assert returns[0, 0] in (-torch.inf, 0.25 + 1 + 2.25)
 
 
 def test_what_follows_an_end_is_not_counted(line):
@@ -108,6 +179,24 @@ def test_candidates_that_are_no_numbers_are_the_worst(line):
     assert planner.plan([[0.0]]).item() < 0.8
 
 
+def test_anything_that_steps_can_be_planned_in():
+    """Such as a simulator: here the line itself, with a hidden second state."""
+
+    class Line:
+        action_bounds = torch.tensor([-1.0]), torch.tensor([1.0])
+
+        def start(self, states, generator):
+            return ModelState(states, None)
+
+        def step(self, state, actions, generator):
+            states = torch.cat([state.states[:, :1] + 0.5 * actions, state.states[:, 1:] + 1], dim=1)
+            reward, never = -states[:, 0].square(), torch.zeros(len(states), dtype=torch.bool)
+            return ModelStep(ModelState(states, None), reward, reward, never, never, never, None)
+
+    planner = CEM(Line(), horizon=4, particles=1, reward_after_end=0.0, generator=torch.Generator().manual_seed(0))
+    assert planner.plan([[0.2, 5.0]]).item() == pytest.approx(-0.4, abs=0.12)
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("length", [1, 2, 15, 16])
 def test_coloured_noise_has_unit_variance_at_every_step(beta, length):
@@ -132,6 +221,7 @@ def test_policy_is_cloned_from_what_it_did():
     policy = clone_policy(states, actions)
     error = (policy(torch.as_tensor(states)) - torch.as_tensor(actions)).square().mean().sqrt()
     assert error < 0.1
+    torch.rand(1)
     again = clone_policy(states, actions)
     assert torch.equal(policy(torch.as_tensor(states[:5])), again(torch.as_tensor(states[:5])))
 
