@@ -36,19 +36,25 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(args)
         device = choose_device("cpu" if args.cpu else args.device)
 
-        from data.sources import load_dataset
+        from data.audit import audit
+        from data.sources import load_dataset, load_datasets
         from evaluation import selection as select
         from evaluation.report import earlier_files, slug
 
         models = select.load_models(args.model, device)
-        datasets = [load_dataset(args.dataset, simulator_states=args.oracle, quiet=args.quiet)]
+        datasets = [load_datasets(args.dataset, simulator_states=args.oracle, quiet=args.quiet)]
         datasets += [load_dataset(name, quiet=args.quiet) for name in args.ood_dataset]
         select.check_fit(models, datasets)
-        model, dataset = models[0], datasets[0]
-        selection = select.select_trajectories(model, dataset, select.MAX_ROWS, args.seed, args.split)
+        model, whole = models[0], datasets[0]
+        findings = audit(whole)
+        for finding in findings:
+            if finding.matters or not args.quiet:
+                print(f"{'warning' if finding.matters else 'note'}: {finding}", file=sys.stderr)
+        selection = select.select_trajectories(model, whole, select.MAX_ROWS, args.seed, args.split, args.keep_copies)
+        dataset = selection.dataset
         ood_rows = {other.name: select.unseen_rows(model, other, args.seed) for other in datasets[1:]}
-        training = select.find_training_rows(model, dataset, args.quiet)
-        check_length(args.horizons, dataset, selection)
+        training = select.find_training_rows(model, whole, args.quiet)
+        check_length(args.horizons, selection)
         check_residuals(model, selection, training)
         folder = args.output or REPORTS / f"{slug(model.name)}-on-{slug(dataset.name)}"
         check_output_folder(folder, is_ours=bool(earlier_files(folder)), expected="a report")
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     command = shlex.join(["python", "evaluate_model.py", *(sys.argv[1:] if argv is None else argv)])
     facts = EvaluationFacts.of(
-        model, dataset, selection, has_training_rows=training is not None, seed=args.seed, command=command
+        model, selection, findings, has_training_rows=training is not None, seed=args.seed, command=command
     )
     if not args.quiet:
         counted = f"{facts.rows} rows of {facts.trajectories} trajectories"
@@ -122,8 +128,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         required=True,
-        help="what to evaluate on, named as for learn_model.py; of the model's own dataset only trajectories that it "
-        "did not train on",
+        nargs="+",
+        metavar="NAME",
+        help="what to evaluate on, named as for learn_model.py; only trajectories that the model was not trained on, "
+        "whichever file they are in",
     )
     parser.add_argument(
         "--ood_dataset",
@@ -136,6 +144,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--split",
         choices=("test", "holdout", "train"),
         help="which part of the model's own dataset (default: test where there is one, else holdout)",
+    )
+    parser.add_argument(
+        "--keep_copies",
+        action="store_true",
+        help="evaluate on trajectories that equal training ones, too; without it they are left out, and either way the "
+        "report says how many there are",
     )
     parser.add_argument(
         "--horizons",
@@ -186,18 +200,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--max_starts is {args.max_starts}; expected at least 1")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}; expected a whole number from 0 to 2^32 - 1")
-    names = [args.dataset, *args.ood_dataset]
+    names = [*args.dataset, *args.ood_dataset]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"dataset {repeated!r} is given twice; give every dataset once")
 
 
-def check_length(horizons: list[int], dataset: Dataset, selection: Selection) -> None:
+def check_length(horizons: list[int], selection: Selection) -> None:
     """Checks that rollouts of some horizon can be compared with a recorded trajectory.
 
     Raises:
-        InputError: If all horizons are longer.
+        InputError: If all horizons are longer, or rows do not follow each other.
     """
-    longest = max(dataset.trajectories[index].num_transitions for index in selection.indices)
+    trajectories = [selection.dataset.trajectories[index] for index in selection.indices]
+    if min(horizons) > 1 and not any(trajectory.in_order for trajectory in trajectories):
+        raise InputError(
+            f"--horizons begins at {min(horizons)} steps, but the rows of {selection.dataset.name} do not follow one "
+            "another, so rollouts of more than one step are refused; give 1 as well"
+        )
+    longest = max(trajectory.num_transitions for trajectory in trajectories)
     if min(horizons) > longest:
         raise InputError(
             f"--horizons begins at {min(horizons)} steps, but no trajectory has more than {longest} transitions; give "

@@ -25,13 +25,15 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wai
     from collections.abc import Sequence
 
     from data.splits import Division
-    from data.trajectories import Dataset, Finding
+    from data.trajectories import Dataset, Finding, Transitions
     from dynamics_model import DynamicsEnsemble
     from tracking.run_folder import RunFolder
     from tracking.trackers import Tracker
 
 LOGS = Path("logs")
 TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
+SUMMARY_ROWS, SUMMARY_STARTS = 4096, 100  # that model.pkl tells of, at most
+QUANTILES = ("0.5", "0.9", "0.95", "0.99", "1")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +112,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
 
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
-            metadata = build_metadata(config, ensemble.kind, division, findings, scores, elites, run)
+            metadata = build_metadata(config, ensemble, transitions, division, findings, scores, elites, run)
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
             curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
@@ -384,34 +386,30 @@ def open_trackers(
 
 def build_metadata(
     config: LearnConfig,
-    kind: str,
+    ensemble: DynamicsEnsemble,
+    transitions: Transitions,
     division: Division,
     findings: Sequence[Finding],
     scores: list[dict[str, float | None]],
     elites: list[int],
     run: RunFolder,
 ) -> dict[str, Any]:
-    """Returns what ``model.pkl`` says of itself, in plain Python types."""
+    """Returns what ``model.pkl`` says of itself, in plain Python types; the transitions are those that trained."""
     from dynamics_model import FORMAT_VERSION
 
-    dataset, split, held_out = division.whole, division.split, division.holdout_dataset
+    dataset = division.whole
     return {
         "format_version": FORMAT_VERSION,
-        "kind": kind,
+        "kind": ensemble.kind,
         "config": config.to_dict(),
         "dataset": {
             "name": dataset.name,
             "env_name": dataset.env_name,
-            "sha256": dataset.sha256,
             "rows": dataset.num_rows,
-            "trajectories": len(dataset.trajectories),
-            "parts": [dataclasses.asdict(part) for part in dataset.parts],
-            "pieces": None if division.pieces is None else [list(piece) for piece in division.pieces],
-            "split": {field.name: getattr(split, field.name).tolist() for field in dataclasses.fields(split)},
-            "holdout_dataset": None if held_out is None else {"name": held_out.name, "sha256": held_out.sha256},
-            "training_fingerprints": division.training_fingerprints(),
+            **division.to_dict(),
             "findings": [dataclasses.asdict(finding) for finding in findings],
         },
+        "data": summarise_data(ensemble, transitions, division, elites),
         "scores": scores,
         "elites": elites,
         "seed": config.seed,
@@ -419,6 +417,42 @@ def build_metadata(
         "mlflow_run_id": run.record.mlflow_run_id,
         "git_commit": run.record.origin.git_commit,
         "versions": run.record.origin.versions,
+    }
+
+
+def summarise_data(
+    ensemble: DynamicsEnsemble, transitions: Transitions, division: Division, elites: list[int]
+) -> dict[str, Any]:
+    """Returns what environments inside the model need to know of the training data, raw units.
+
+    The lowest and highest states and actions, the lowest reward (None without rewards), states in which trajectories
+    start, and over a sample of rows, the quantiles of each disagreement of the elites.
+    """
+    import numpy as np
+
+    def span(*parts: np.ndarray) -> dict[str, list[float]]:
+        low, high = [part.min(axis=0) for part in parts], [part.max(axis=0) for part in parts]
+        return {"low": np.min(low, axis=0).tolist(), "high": np.max(high, axis=0).tolist()}
+
+    def sample(count: int, at_most: int) -> np.ndarray:
+        return np.linspace(0, count - 1, min(count, at_most)).astype(int)
+
+    rows = sample(len(transitions), SUMMARY_ROWS)
+    members = ensemble.select(elites).requires_grad_(False)
+    moments = members.moments(transitions.states[rows], transitions.actions[rows])
+    measured = {kind: members.disagreement_of(*moments, kind).cpu().numpy() for kind in members.disagreements}
+    trained = [(index, division.dataset.trajectories[index]) for index in division.split.train]
+    pieces = division.pieces
+    starts = [t for index, t in trained if t.in_order and (pieces is None or pieces[index].start == 0)]
+    return {
+        "states": span(transitions.states, transitions.next_states),
+        "actions": span(transitions.actions),
+        "lowest_reward": None if transitions.rewards is None else float(transitions.rewards.min()),
+        "initial_states": [starts[index].observations[0].tolist() for index in sample(len(starts), SUMMARY_STARTS)],
+        "disagreement": {
+            kind: {name: float(np.quantile(values, float(name))) for name in QUANTILES}
+            for kind, values in measured.items()
+        },
     }
 
 

@@ -362,10 +362,10 @@ def _find_too_few(dataset: Dataset, original: np.ndarray) -> list[Finding]:
         name="few trajectories",
         count=distinct,
         where="all data, copies not counted",
-        effect="there is none to hold out beside one to train on, so a recording is divided in contiguous blocks"
+        effect="none can be held out whole, so a share to hold out is taken in contiguous blocks"
         if distinct < 2
         else "a split by whole trajectories is coarse, and standard errors come from few of them",
         advice="record more of them, or hold out another recording by --holdout_dataset",
-        matters=distinct < 2,
+        matters=False,  # what is done about it when something is held out does
     )
     return [found]

@@ -9,9 +9,9 @@ import dataclasses
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,6 +110,57 @@ class Division:
         held_out = [pieces[index] for index in self.split.holdout]
         rows = [starts[piece.trajectory] + np.arange(piece.start, piece.stop - 1) for piece in held_out]
         return np.concatenate(rows) if sum(map(len, rows)) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what ``restore`` needs, and who trained, in plain Python types."""
+        held_out = self.holdout_dataset
+        return {
+            "sha256": self.whole.sha256,
+            "trajectories": len(self.whole.trajectories),
+            "parts": [dataclasses.asdict(part) for part in self.whole.parts],
+            "pieces": None if self.pieces is None else [list(piece) for piece in self.pieces],
+            "split": {field.name: getattr(self.split, field.name).tolist() for field in dataclasses.fields(Split)},
+            "holdout_dataset": None if held_out is None else {"name": held_out.name, "sha256": held_out.sha256},
+            "training_fingerprints": self.training_fingerprints(),
+        }
+
+    @classmethod
+    def restore(cls, dataset: Dataset, record: Mapping[str, Any]) -> Division | None:
+        """Returns how a dataset was divided, alone or joined with others.
+
+        Args:
+            dataset: The dataset, or one of those that were joined.
+            record: What ``to_dict`` gave; that of an older version may lack all but checksum and split.
+
+        Returns:
+            None if the dataset, as it is now, had no part in it.
+        """
+        first, count = 0, len(dataset.trajectories)
+        if dataset.sha256 != record["sha256"]:
+            for part in record.get("parts", []):
+                count = part["num_trajectories"]
+                if part["sha256"] == dataset.sha256:
+                    break
+                first += count
+            else:
+                return None
+        if count != len(dataset.trajectories):  # where others have next observations, a single row makes no transition
+            dataset = dataclasses.replace(dataset, trajectories=[t for t in dataset.trajectories if t.num_transitions])
+        pieces = record.get("pieces")
+        own = range(first, first + count)  # what of the record's trajectories, or pieces, this dataset has
+        if pieces is not None:
+            own = [number for number, piece in enumerate(pieces) if piece[0] in own]
+        place = {number: index for index, number in enumerate(own)}
+        split = Split(
+            **{
+                side: np.array([place[number] for number in numbers if number in place], dtype=np.int64)
+                for side, numbers in record["split"].items()
+            }
+        )
+        if pieces is None:
+            return cls(dataset, dataset, split)
+        taken = tuple(Piece(pieces[number][0] - first, *pieces[number][1:]) for number in own)
+        return cls(dataset, take_pieces(dataset, taken), split, taken)
 
     def findings(self) -> list[Finding]:
         """Returns what must be known of the division."""

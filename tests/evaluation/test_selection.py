@@ -118,9 +118,7 @@ def test_copies_of_training_trajectories_are_left_out_wherever_they_are(walks):
     counted = select_trajectories(model, other, max_rows=100, seed=0, keep_copies=True)
     assert (counted.indices.tolist(), counted.copies, counted.keeps_copies) == ([0, 1, 2, 3], 2, True)
     copies = Dataset("copies", None, "1" * 64, walks(5, 3).trajectories)
-    with pytest.raises(
-        InputError, match="every trajectory of 'copies' equals one that m was trained on; .*keep_copies"
-    ):
+    with pytest.raises(InputError, match=r"every trajectory of 'copies' equals one .*--keep_copies"):
         select_trajectories(model, copies, max_rows=100, seed=0)
 
 
@@ -153,7 +151,7 @@ def test_one_of_the_datasets_that_were_joined_is_known_by_its_own_split(walks):
     # Joined with one that has next observations, a paired dataset loses the trajectories of a single row.
     paired = [dataclasses.replace(trajectory, next_observations=None) for trajectory in second.trajectories]
     model.metadata["dataset"]["parts"][1]["num_trajectories"] = 3
-    model.metadata["dataset"] |= {"trajectories": 5, "split": {"train": [0, 2], "holdout": [3], "test": [1, 4]}}
+    model.metadata["dataset"] |= {"split": {"train": [0, 2], "holdout": [3], "test": [1, 4]}}
     found = select_trajectories(model, Dataset("second", None, second.sha256, paired), max_rows=100, seed=0)
     assert [len(found.dataset.trajectories[index]) for index in found.indices] == [6]
 
