@@ -317,7 +317,7 @@ def test_one_trajectory_gives_deterministic_members_no_variance(trained, workpla
     relabel(trained, "dnn-all", "dnn-gone", dataset="gone.hdf5")
     relabel(trained, "pnn-all", "pnn-gone", dataset="gone.hdf5")
     with pytest.raises(SystemExit) as exit_info:
-        evaluate(trained, "dnn-gone", "single")
+        evaluate(trained, "dnn-gone", "single", "--quiet")
     assert exit_info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "one trajectory is not enough to estimate the residuals of deterministic members" in line
