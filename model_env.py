@@ -21,15 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import Env, error, spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
 
 from dynamics_model import Array, Disagreement, DynamicsEnsemble, as_tensor, random_stream
 from mujoco_tasks import TASKS, StepFunction, Task
 from mujoco_tasks import task as known_task
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 Members = Literal["elites", "all"] | Sequence[int]
 ROWS_AT_ONCE = 10_000  # of a dataset whose disagreement is measured
@@ -138,7 +144,7 @@ class ModelState(NamedTuple):
 
     Attributes:
         states: ``(batch, state_dim)``, raw units.
-        members: Index of the member that each environment keeps, ``(batch,)``, on the CPU; None where none is kept.
+        members: Index of the member that each environment keeps, ``(batch,)``; None unless ``tsinf``.
     """
 
     states: Tensor
@@ -152,7 +158,8 @@ class ModelStep(NamedTuple):
         state: Where environments are now. What ended is not started again.
         reward: The pessimism's.
         raw_reward: That of the task.
-        terminated: The task's rule ended the episode. A prediction that is not finite counts as an end, too.
+        terminated: The task's rule ended the episode; the rules known here and no rule count a prediction that is not
+            finite as an end.
         halted: The pessimism ends the episode here.
         escaped: The prediction was outside of the bounds, and has been moved back.
         uncertainty: What the pessimism measured, at the state and action before the step; None without one.
@@ -244,7 +251,7 @@ class ModelEnv:
 
     def start(self, states: Array, generator: Generator | None = None) -> ModelState:
         """Places environments in states ``(batch, state_dim)``, and deals them members if they are to keep them."""
-        states = self._rows(states, self.ensemble.state_dim, "states")
+        states = self.rows(states, self.ensemble.state_dim, "states")
         kept = self.propagation == "tsinf"
         return ModelState(states, self.deal(len(states), generator) if kept else None)
 
@@ -263,15 +270,15 @@ class ModelEnv:
         Raises:
             ValueError: If shapes do not fit, or an action is not finite.
         """
-        states, members = state
-        actions = self._rows(actions, self.ensemble.action_dim, "actions", len(states))
+        states, members = state.states, None
+        actions = self.rows(actions, self.ensemble.action_dim, "actions", len(states))
         if self.action_bounds is not None:
             actions = actions.clamp(*self.action_bounds)
         generator = self.generator if generator is None else generator
         if self.propagation == "ts1":
             members = self.ensemble.deal(len(states), generator)
-        elif members is not None:
-            members = self.ensemble.group(members)
+        elif self.propagation == "tsinf":
+            members = self.ensemble.group(state.members)
         predicted, uncertainty = self._predict(states, actions, members, generator)
         next_states = predicted
         if self.state_bounds is not None:
@@ -309,7 +316,8 @@ class ModelEnv:
         own = _indices(*members), torch.arange(len(states), device=means.device)
         return self.ensemble.draw(means[own], variances[own], generator), uncertainty
 
-    def _rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
+    def rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
+        """Brings ``(batch, dim)`` to the device; a ValueError if the shape is another or an entry not finite."""
         rows = as_tensor(values, self.ensemble.device)
         if rows.ndim != 2 or rows.shape != (len(rows) if batch is None else batch, dim):
             raise ValueError(
@@ -385,3 +393,209 @@ def _check_pessimism(ensemble: DynamicsEnsemble, pessimism: MOReL | MOPO | None)
         raise ValueError(f"{name} goes by {kind}, which {ensemble.kind} members do not have; they have kind={has}")
     if len(ensemble) < 2 and kind in ("max_pairwise", "ensemble_std"):
         raise ValueError(f"{name} goes by {kind}, which needs two members or more; there is one")
+
+
+# --- Gymnasium ---
+
+
+class VectorModelEnv(VectorEnv):
+    """Episodes of ``ModelEnv``, many at a time, as Gymnasium's vector environments have them.
+
+    Infos hold ``raw_reward``, ``halted``, ``escaped`` and, under pessimism, ``uncertainty`` of each step. With
+    ``tsinf`` an environment keeps its member when it starts again, so that all members go on serving equally many;
+    where there are fewer environments than members, it is dealt one anew.
+
+    Args:
+        core: The step. It can be shared: draws come from this environment's own stream, which ``reset`` seeds.
+        num_envs: How many episodes run at a time.
+        initial_states: What starts are drawn from, ``(starts, state_dim)``; None: those in ``model.pkl``.
+        horizon: After how many steps episodes are truncated; None: at the task's time limit, if there is a task.
+        autoreset_mode: When an environment that ended starts again: in the next step, in the same, or by ``reset``
+            with ``options={"reset_mask": ...}``.
+    """
+
+    def __init__(
+        self,
+        core: ModelEnv,
+        num_envs: int,
+        *,
+        initial_states: Array | None = None,
+        horizon: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    ) -> None:
+        data = core.ensemble.metadata.get("data")
+        if initial_states is None and not (data and data["initial_states"]):
+            raise ValueError("this model.pkl does not know where episodes start; give initial_states")
+        if core.action_bounds is None:
+            raise ValueError("this model.pkl does not know the bounds of actions; give ModelEnv a task")
+        self.core, self.num_envs = core, num_envs
+        starts = data["initial_states"] if initial_states is None else initial_states
+        self.initial_states = core.rows(starts, core.ensemble.state_dim, "initial_states")
+        self.horizon = core.task.horizon if horizon is None and core.task is not None else horizon
+        self.metadata = {"autoreset_mode": AutoresetMode(autoreset_mode)}
+        low, high = (end.cpu().numpy() for end in core.action_bounds)
+        self.single_action_space = spaces.Box(low, high, dtype=np.float32)
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (core.ensemble.state_dim,), np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._generator, self._state = None, None
+        self._steps, self._ended = np.zeros(num_envs, dtype=np.int64), np.zeros(num_envs, dtype=bool)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts all environments, or those of ``options["reset_mask"]``, ``(num_envs,)`` of bool."""
+        super().reset(seed=seed)
+        if seed is not None or self._generator is None:
+            self._generator = Generator().manual_seed(int(self.np_random.integers(2**62)))
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}; expected bool ({self.num_envs},)")
+        self._start(mask)
+        return self._observations(), {}
+
+    def step(self, actions: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Takes a step in each environment; what it gives has the form of Gymnasium's ``SyncVectorEnv``."""
+        mode, restart = self.metadata["autoreset_mode"], self._ended
+        if self._state is None or (mode == AutoresetMode.DISABLED and restart.any()):
+            which = "all" if self._state is None else np.flatnonzero(restart).tolist()
+            raise error.ResetNeeded(f"environments have ended or not yet started; reset these: {which}")
+        with torch.no_grad():
+            step = self.core.step(self._state, actions, self._generator)
+        self._state, self._steps = step.state, self._steps + 1
+        of_step = {"raw_reward": step.raw_reward.double(), "halted": step.halted, "escaped": step.escaped}
+        if step.uncertainty is not None:
+            of_step["uncertainty"] = step.uncertainty.double()
+        of_step = {name: values.numpy(force=True) for name, values in of_step.items()}
+        rewards, terminated = (part.numpy(force=True) for part in (step.reward.double(), step.terminated))
+        truncated = self._steps >= (np.inf if self.horizon is None else self.horizon)
+        if self.core.pessimism is not None and self.core.pessimism.on_halt == "truncate":
+            truncated = truncated | of_step["halted"]
+        else:
+            terminated = terminated | of_step["halted"]
+
+        if restart.any():  # in NEXT_STEP mode, instead of taking a step
+            zeroed = (np.where(restart, part.dtype.type(0), part) for part in (rewards, terminated, truncated))
+            rewards, terminated, truncated = zeroed
+        infos, ended, stepped = {}, terminated | truncated, ~restart
+        if mode == AutoresetMode.SAME_STEP and ended.any():
+            last, observations = np.full(self.num_envs, None, dtype=object), self._observations()[ended]
+            last[ended] = np.fromiter(observations, dtype=object, count=len(observations))
+            infos = {"final_obs": last, "_final_obs": ended.copy()}
+            infos |= {"final_info": _masked(of_step, ended), "_final_info": ended.copy()}
+            stepped, restart = ~ended, ended
+        infos |= _masked(of_step, stepped)
+        if restart.any():
+            self._start(restart)
+        self._ended = ended & (mode != AutoresetMode.SAME_STEP)
+        return self._observations(), rewards, terminated, truncated, infos
+
+    def _start(self, mask: np.ndarray) -> None:
+        """Places environments in states drawn from the initial ones."""
+        rows = torch.from_numpy(np.flatnonzero(mask)).to(self.initial_states.device)
+        drawn = torch.randint(len(self.initial_states), (len(rows),), generator=self._generator)
+        starts = self.initial_states[drawn.to(rows.device)]
+        if len(rows) == self.num_envs:
+            self._state = self.core.start(starts, self._generator)
+        else:
+            states, members = self._state
+            states = states.index_copy(0, rows, starts)
+            if members is not None and self.num_envs < len(self.core.ensemble):
+                members = members.index_copy(0, rows, self.core.deal(len(rows), self._generator))
+            self._state = ModelState(states, members)
+        self._steps, self._ended = np.where(mask, 0, self._steps), self._ended & ~mask
+
+    def _observations(self) -> np.ndarray:
+        return self._state.states.numpy(force=True).copy()
+
+
+def _masked(values: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns infos of the environments of the mask, as Gymnasium has them: ``name`` and ``_name``."""
+    if not mask.any():
+        return {}
+    infos = {name: np.where(mask, value, value.dtype.type(0)) for name, value in values.items()}
+    return infos | {f"_{name}": mask.copy() for name in values}
+
+
+class SingleModelEnv(Env):
+    """One episode of ``ModelEnv`` at a time, as Gymnasium has it; arguments are those of ``VectorModelEnv``.
+
+    With ``tsinf`` each episode is dealt a member anew.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, core: ModelEnv, *, initial_states: Array | None = None, horizon: int | None = None) -> None:
+        options = {"initial_states": initial_states, "horizon": horizon, "autoreset_mode": AutoresetMode.DISABLED}
+        self._vector = VectorModelEnv(core, 1, **options)
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode; there are no options."""
+        super().reset(seed=seed)
+        observations, _ = self._vector.reset(seed=seed)
+        return observations[0], {}
+
+    def step(self, action: Array) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Takes a step; the info has what ``VectorModelEnv`` tells of it."""
+        observations, *others, infos = self._vector.step(np.asarray(action)[None])
+        reward, terminated, truncated = (part.item() for part in others)
+        info = {name: value.item() for name, value in infos.items() if not name.startswith("_")}
+        return observations[0], reward, terminated, truncated, info
+
+
+# --- Stable-Baselines3 ---
+
+
+def as_sb3(env: VectorModelEnv) -> VecEnv:
+    """Returns what Stable-Baselines3 trains on, from an environment with ``autoreset_mode="SameStep"``.
+
+    The infos of an episode's last step hold ``terminal_observation``, ``TimeLimit.truncated``, and what
+    ``VectorModelEnv`` tells of the step; others are empty.
+    """
+    mode = env.metadata["autoreset_mode"]
+    if mode != AutoresetMode.SAME_STEP:
+        raise ValueError(f"Stable-Baselines3 needs VectorModelEnv(..., autoreset_mode='SameStep'), got {mode.value!r}")
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class ModelVecEnv(VecEnv):
+        """Passes all on to the environment, and its results in the form of Stable-Baselines3."""
+
+        def reset(self) -> np.ndarray:
+            observations, _ = env.reset(seed=self._seeds[0])
+            self._reset_seeds()
+            self._reset_options()
+            return observations
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self._actions = actions
+
+        def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+            observations, rewards, terminated, truncated, infos = env.step(self._actions)
+            told: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+            for index in np.flatnonzero(terminated | truncated):
+                final = infos["final_info"].items()
+                told[index] = {name: value[index].item() for name, value in final if not name.startswith("_")}
+                told[index]["terminal_observation"] = infos["final_obs"][index]
+                told[index]["TimeLimit.truncated"] = bool(truncated[index] and not terminated[index])
+            return observations, rewards.astype(np.float32), terminated | truncated, told
+
+        def close(self) -> None:
+            env.close()
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            return [getattr(env, attr_name) for _ in self._get_indices(indices)]
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+            setattr(env, attr_name, value)
+
+        def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+            raise NotImplementedError(f"{method_name} cannot be called: the environments are one batch")
+
+        def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+            return [False for _ in self._get_indices(indices)]
+
+    return ModelVecEnv(env.num_envs, env.single_observation_space, env.single_action_space)
