@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         model, whole = models[0], datasets[0]
         findings = audit(whole)
         for finding in findings:
-            if finding.matters or not args.quiet:
-                print(f"{'warning' if finding.matters else 'note'}: {finding}", file=sys.stderr)
+            if finding.matters:
+                print(f"warning: {finding}", file=sys.stderr)
         selection = select.select_trajectories(model, whole, select.MAX_ROWS, args.seed, args.split, args.keep_copies)
         dataset = selection.dataset
         ood_rows = {other.name: select.unseen_rows(model, other, args.seed) for other in datasets[1:]}
@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         model, selection, findings, has_training_rows=training is not None, seed=args.seed, command=command
     )
     if not args.quiet:
+        for finding in findings:
+            if not finding.matters:
+                print(f"note: {finding}", file=sys.stderr)
         counted = f"{facts.rows} rows of {facts.trajectories} trajectories"
         print(f"{facts.model} on {facts.dataset}: {counted}", file=sys.stderr)
     tables = evaluate(

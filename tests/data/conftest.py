@@ -4,6 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
+from data.trajectories import Dataset, Trajectory
+
 ACTION_DIM = 2
 
 
@@ -35,6 +37,23 @@ def make_columns(lengths, *, next_observations=True, simulator_states=False):
 def columns():
     """Returns the function that makes columns."""
     return make_columns
+
+
+@pytest.fixture
+def make(columns):
+    """Returns a function that makes a dataset of trajectories of these lengths; coded as ``columns``."""
+
+    def build(lengths, *, next_observations=True):
+        content = columns(lengths, next_observations=next_observations)
+        ends = np.cumsum(lengths)
+        trajectories = []
+        for start, end in zip(ends - lengths, ends, strict=True):
+            states, actions, rewards = (content[key][start:end] for key in ("observations", "actions", "rewards"))
+            following = content["next_observations"][start:end] if next_observations else None
+            trajectories.append(Trajectory(states, actions, rewards, following, terminated=False))
+        return Dataset("made", None, "", trajectories)
+
+    return build
 
 
 @pytest.fixture
