@@ -51,7 +51,7 @@ RULES = {
     r"(pen|hammer|door|relocate)-v0_demos": EpisodeRules(ends_at_limit=False, starts_alike=True),
     r"(pen|hammer|door|relocate)-": EpisodeRules(starts_alike=True),
     # Some episodes of version 0 have fewer rows than the limit.
-    r"(bullet-)?(halfcheetah|hopper|walker2d?|ant)[-_]": EpisodeRules(starts_alike=True),
+    r"(bullet-)?(halfcheetah|hopper|walker(2d)?|ant)[-_]": EpisodeRules(starts_alike=True),
 }
 
 
