@@ -100,12 +100,13 @@ def _as_flags(column: Any, rows: int, is_episode: bool) -> np.ndarray:
         values = np.asarray(column[...]).reshape(-1)
     if values.dtype == bool:
         return values
-    is_set = values == (255 if values.dtype.kind in "iu" and 255 in values else 1)
-    is_usable = is_set | (values == 0)
-    if not is_usable.all():
-        row = int(np.argmin(is_usable))
-        raise ValueError(f"is {values[row]} in row {row}, expected 0 or 1")
-    return is_set
+    is_unset = values == 0
+    for on in (1, 255):
+        is_set = values == on
+        if (is_set | is_unset).all():
+            return is_set
+    row = int(np.argmin((values == 1) | is_unset))
+    raise ValueError(f"is {values[row]} in row {row}, expected 0 or 1")
 
 
 def join_flags(

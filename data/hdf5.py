@@ -26,8 +26,9 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"  # at the start of the file, or at 512, 1024, 2
 CHUNK_ROWS = 50_000
 MAX_SOFT_LINKS = 16  # a link may lead to a link
 
-# With these, the file system has no locks (NFS, Lustre and others): then no lock tells whether someone writes.
-NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
+# A lock that cannot be had for one of these reasons is held by somebody. For any other, the file system has no locks
+# (NFS, Lustre and others), and none tells whether somebody writes.
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
 def is_hdf5(path: Path) -> bool:
@@ -166,9 +167,11 @@ class Group(Mapping[str, Any]):
 
 
 def text_attribute(group: Group, name: str) -> str | None:
-    """Returns an attribute as text; None where there is none."""
+    """Returns an attribute that is text; None where there is none."""
     value = group.attributes.get(name)
-    return value.decode(errors="replace") if isinstance(value, bytes) else None if value is None else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return str(value) if isinstance(value, str) else None
 
 
 # --- Opening ---
@@ -195,7 +198,7 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        if _lock_errno(str(error)) in NO_LOCKS:
+        if _lock_errno(str(error)) not in (None, *HELD):
             return h5py.File(path, "r", locking=False)
         if "already open for write" in str(error):
             with contextlib.suppress(OSError):
@@ -214,8 +217,8 @@ def _explain(path: Path, message: str) -> str:
     again = "compare its size or checksum with the source's, and fetch it again under another name"
     if _lock_errno(message) is not None:
         return (
-            f"{path} is being written: {_holder(path)} has locked it; wait until that is closed, or read a copy. If "
-            "nobody writes it, set HDF5_USE_FILE_LOCKING=FALSE"
+            f"{path} is being written: {_holder(path)} has locked it; wait until that is done. If nobody writes it, "
+            "set HDF5_USE_FILE_LOCKING=FALSE"
         )
     if "already open for write" in message:
         return (
@@ -229,9 +232,9 @@ def _explain(path: Path, message: str) -> str:
 
 def _holder(path: Path) -> str:
     """Returns who has locked a file, as far as this machine knows."""
-    status = path.stat()
-    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # where the system has no such list
+        status = path.stat()
+        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
             match = re.search(r"WRITE\s+(\d+)\s+(\S+)", line)
             if match and match[2] == file:

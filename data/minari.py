@@ -45,8 +45,8 @@ def local_folder(name: str) -> Path | None:
 def local_ids() -> list[str]:
     """Returns the ids of the datasets on this machine."""
     root = datasets_folder()
-    found = (path.parent.parent for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/data/metadata.json"))
-    return sorted(str(folder.relative_to(root)) for folder in found)
+    found = (path.parent for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/data"))
+    return sorted(folder.relative_to(root).as_posix() for folder in found if is_minari(folder))
 
 
 def is_minari(path: Path) -> bool:
@@ -195,7 +195,7 @@ def _open_episodes(
         yield _arrow_episodes(main.parent, storage), None
         return
     if storage != "hdf5":
-        raise InputError(f"{main.parent} has the data_format {storage!r}; expected hdf5, arrow or parquet")
+        raise InputError(f"{main.parent} has the data_format {str(storage)[:40]!r}; expected hdf5, arrow or parquet")
     with open_hdf5(main) as file:
         numbers = sorted(int(match[1]) for key in file if (match := re.fullmatch(r"episode_(\d+)", key)))
         episodes = ((number, file[f"episode_{number}"]) for number in numbers)

@@ -25,6 +25,7 @@ TYPES = {
     "int64": END,
     "float32": END.astype(np.float32),
     "float64": END.astype(np.float64),
+    "0 and 255 as floats": 255.0 * END,
     "a column": END[:, None].astype(bool),
     "a column of bytes": (255 * END[:, None]).astype(np.uint8),
 }
