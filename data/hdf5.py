@@ -133,12 +133,14 @@ class Group(Mapping[str, Any]):
     def _find(self, group: h5py.Group, key: str, links_left: int) -> h5py.Group | h5py.Dataset:
         entry = group.file["/"] if key.startswith("/") else group
         for part in filter(None, key.split("/")):
-            if not isinstance(entry, h5py.Group) or part not in entry:
+            if not isinstance(entry, h5py.Group):
                 raise KeyError(key)
             try:
                 link = entry.get(part, getlink=True)
             except TypeError:  # a kind of link that HDF5 itself does not know
                 raise self._refused(key, "a link of an unknown kind") from None
+            if link is None:
+                raise KeyError(key)
             if isinstance(link, h5py.ExternalLink):
                 raise self._refused(key, f"a link to another file, {link.filename!r}")
             if isinstance(link, h5py.SoftLink):

@@ -124,15 +124,16 @@ def _digest(columns: Mapping[str, np.ndarray], lengths: Iterable[int]) -> str:
 
 def _steps_of(episode: Mapping[str, Any], wanted: Wanted) -> tuple[dict[str, Any], str | None]:
     """Returns one row per step of an episode, or why it has none that fit together."""
-    missing = [key for key in ("observations", "actions") if key not in episode]
+    entries = {key: episode.get(key) for key in ("observations", *STEP_KEYS)}  # each is opened once
+    missing = [key for key in ("observations", "actions") if entries[key] is None]
     if missing:
         return {}, f"has no {' and no '.join(missing)}"
-    steps = {key: episode[key] for key in STEP_KEYS if key in episode}
+    steps = {key: entries[key] for key in STEP_KEYS if entries[key] is not None}
     lengths = {key: column.shape[0] for key, column in steps.items() if hasattr(column, "shape")}
     count = lengths.get("actions", 0)
     if not count or set(lengths.values()) != {count}:
         return {}, f"has {', '.join(f'{rows} {key}' for key, rows in lengths.items())}"
-    states = _vectors(episode["observations"])
+    states = _vectors(entries["observations"])
     wrong = [column.shape[0] for column in _arrays(states) if column.shape[0] != count + 1]
     if wrong:
         return {}, f"has {wrong[0]} observations for {count} actions, expected {count + 1}"
