@@ -37,6 +37,29 @@ def exit_on_input_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def exit_when_out_of_memory(advice: str) -> Iterator[None]:
+    """Turns memory that runs out inside the block, the CPU's or a GPU's, into one line on stderr and exit code 1.
+
+    Args:
+        advice: What to lower.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = " on the GPU" if "CUDA" in str(error) else ""
+        print(f"error: not enough memory{where}; {advice}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, whoever says so: Python, NumPy, PyTorch, CUDA or the system."""
+    says = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "can't start new thread")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in says)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Lets SIGTERM, which schedulers send, end the block as Ctrl-C does: by a KeyboardInterrupt.
 

@@ -4,7 +4,8 @@
 
 scores the test trajectories that ``learn_model.py --test_ratio`` kept apart (or the holdout, which the report then
 says), one step ahead and open loop, and ends with ``report.html``, ``metrics.json``, CSV tables and PNG figures in
-``reports/``. ``main`` loads everything and passes it on; what is measured is in the package ``evaluation``.
+``reports/``. ``evaluate_and_report`` loads everything and passes it on; what is measured is in the package
+``evaluation``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error
+from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error, exit_when_out_of_memory
 from utils import InputError
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
@@ -30,8 +31,23 @@ MAX_STARTS = 256
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command: everything a user can get wrong is checked before the first file is written."""
+    """Runs the command."""
     args = parse_arguments(argv)
+    command = shlex.join(["python", "evaluate_model.py", *(sys.argv[1:] if argv is None else argv)])
+    with exit_when_out_of_memory("lower --max_starts, or give less data"):
+        return evaluate_and_report(args, command)
+
+
+def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
+    """Evaluates and writes the report: everything a user can get wrong is checked before the first file is written.
+
+    Args:
+        args: The command line.
+        command: The same as it was typed.
+
+    Returns:
+        The exit code.
+    """
     with exit_on_input_error():
         check_arguments(args)
         device = choose_device("cpu" if args.cpu else args.device)
@@ -67,7 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.report import EvaluationFacts, html_report, write_report
     from evaluation.tables import cross_dataset_table
 
-    command = shlex.join(["python", "evaluate_model.py", *(sys.argv[1:] if argv is None else argv)])
     facts = EvaluationFacts.of(
         model, selection, findings, has_training_rows=training is not None, seed=args.seed, command=command
     )

@@ -17,7 +17,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import CommandLine, check_output_file, choose_device, exit_on_input_error, interruptible
+from cli import (
+    CommandLine,
+    check_output_file,
+    choose_device,
+    exit_on_input_error,
+    exit_when_out_of_memory,
+    interruptible,
+)
 from config import LearnConfig, load_config
 from utils import ROOT, InputError, atomic_write
 
@@ -31,6 +38,7 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wai
     from tracking.trackers import Tracker
 
 LOGS = Path("logs")
+MEMORY_ADVICE = "lower ensemble_size, hidden_size or batch_size, or give less data"
 TRAIN_SCORE_EVERY = 50  # epochs, where train_mse is not tracked every epoch
 SUMMARY_ROWS, SUMMARY_STARTS = 4096, 100  # that model.pkl tells of, at most
 QUANTILES = ("0.5", "0.9", "0.95", "0.99", "1")
@@ -40,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command: everything a user can get wrong is checked before training, and before the run is written."""
     args = parse_arguments(argv)
     try:
-        with interruptible() as signals:
+        with interruptible() as signals, exit_when_out_of_memory(MEMORY_ADVICE):
             return learn(args, signals)
     except KeyboardInterrupt:
         print("interrupted before training began", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.episodes import Starts, are_jumps, large_changes, usual_change
 from data.splits import count_distinct, find_copies
-from data.trajectories import Dataset, Finding, Trajectory, Transitions
+from data.trajectories import Dataset, Finding, Trajectory
 
 SAMPLED = 10_000  # transitions
 GATHERED = 8_192  # transitions that are looked at together
@@ -28,7 +28,7 @@ UNORDERED = 0.8  # of the distance between any two rows: how far apart neighbour
 def audit(dataset: Dataset) -> list[Finding]:
     """Returns everything that was found about a dataset, while it was read and now."""
     original = find_copies(dataset.trajectories)
-    sample = _take_sample(dataset)
+    sample = _Sample.of(dataset)
     scan = _Scan.of(dataset, sample)
     return [
         *dataset.findings,
@@ -82,15 +82,37 @@ def _gather(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
         yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
 
 
-def _take_sample(dataset: Dataset) -> Transitions:
-    """Returns evenly spread transitions in float64, without rewards."""
-    stride = max(1, dataset.num_transitions // SAMPLED)
-    taken, before = [], 0
-    for trajectory in dataset.trajectories:
-        taken.append([column[-before % stride :: stride] for column in _columns(trajectory)])
-        before += trajectory.num_transitions
-    states, actions, next_states = (np.concatenate(parts).astype(np.float64) for parts in zip(*taken, strict=True))
-    return Transitions(states, actions, next_states, rewards=None)
+@dataclass(frozen=True)
+class _Sample:
+    """Evenly spread transitions, in float64.
+
+    Attributes:
+        states: ``(rows, D)``.
+        actions: ``(rows, action_dim)``.
+        next_states: ``(rows, D)``.
+        trajectory: Which trajectory each is of, ``(rows,)``.
+    """
+
+    states: np.ndarray
+    actions: np.ndarray
+    next_states: np.ndarray
+    trajectory: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> _Sample:
+        """Takes one of so many transitions that ``SAMPLED`` or up to twice as many come together."""
+        stride = max(1, dataset.num_transitions // SAMPLED)
+        taken, before = [], 0
+        for trajectory in dataset.trajectories:
+            taken.append([column[-before % stride :: stride] for column in _columns(trajectory)])
+            before += trajectory.num_transitions
+        columns = (np.concatenate(parts).astype(np.float64) for parts in zip(*taken, strict=True))
+        return cls(*columns, np.repeat(np.arange(len(taken)), [len(states) for states, _, _ in taken]))
+
+    @property
+    def changes(self) -> np.ndarray:
+        """Next states less states, ``(rows, D)``."""
+        return self.next_states - self.states
 
 
 @dataclass(frozen=True)
@@ -114,8 +136,8 @@ class _Scan:
     empty: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, sample: Transitions) -> _Scan:
-        usual = usual_change(sample.next_states - sample.states)
+    def of(cls, dataset: Dataset, sample: _Sample) -> _Scan:
+        usual = usual_change(sample.changes)
         factors = np.random.default_rng(0).integers(2**63, size=dataset.state_dim + dataset.action_dim, dtype=np.uint64)
         keys, large, sizes, reached, empty, before = [], [], [], [], [], 0
         for states, actions, next_states in _gather(dataset):
@@ -198,7 +220,7 @@ def _find_repeats(scan: _Scan) -> list[Finding]:
     return [found]
 
 
-def _find_jumps(scan: _Scan, dataset: Dataset, sample: Transitions) -> list[Finding]:
+def _find_jumps(scan: _Scan, dataset: Dataset, sample: _Sample) -> list[Finding]:
     is_jump = are_jumps(scan.sizes, len(scan.keys))
     jumps = scan.large[is_jump]
     if not jumps.size:
@@ -236,7 +258,7 @@ def _find_empty_rows(scan: _Scan) -> list[Finding]:
 # --- Dimensions ---
 
 
-def _find_constants(dataset: Dataset, sample: Transitions) -> list[Finding]:
+def _find_constants(dataset: Dataset, sample: _Sample) -> list[Finding]:
     kinds = (
         ("state", "observations", sample.states, "they are predicted as they are and left out of scores"),
         ("action", "actions", sample.actions, "what they do cannot be learned: predictions for other values are void"),
@@ -271,8 +293,8 @@ def moves_rarely(standard_deviation: np.ndarray, mean_absolute_deviation: np.nda
     return standard_deviation > 3.0 * mean_absolute_deviation
 
 
-def _find_rare_moves(dataset: Dataset, sample: Transitions) -> list[Finding]:
-    change = sample.next_states - sample.states
+def _find_rare_moves(dataset: Dataset, sample: _Sample) -> list[Finding]:
+    change = sample.changes
     deviation = np.abs(change - change.mean(axis=0)).mean(axis=0)
     is_candidate = (change.std(axis=0) > 2 * deviation) | ((change != change[0]).mean(axis=0) < FEW)
     rare = {}
@@ -299,11 +321,11 @@ def _find_rare_moves(dataset: Dataset, sample: Transitions) -> list[Finding]:
     return [found]
 
 
-def _find_rounded(sample: Transitions, dtype: np.dtype) -> list[Finding]:
+def _find_rounded(sample: _Sample, dtype: np.dtype) -> list[Finding]:
     """Names the dimensions whose changes are mostly rounding; readers keep float64 where that helps."""
     if dtype != np.float32:
         return []
-    change = np.abs(sample.next_states - sample.states)
+    change = np.abs(sample.changes)
     magnitude = np.abs(sample.states).max(axis=0)
     step = np.spacing(magnitude.astype(np.float32)).astype(np.float64)
     usual = np.array([np.median(column[column > 0]) if column.any() else np.inf for column in change.T])
@@ -331,22 +353,26 @@ def _dimensions_text(indices: Sequence[int]) -> str:
 # --- The whole ---
 
 
-def _find_disorder(dataset: Dataset, sample: Transitions) -> list[Finding]:
+def _find_disorder(dataset: Dataset, sample: _Sample) -> list[Finding]:
     """Looks whether rows that are taken to follow each other are any more alike than others."""
     if dataset.trajectories[0].next_observations is not None:
         return []  # what follows what was compared when the file was read
-    if len(sample) < 200:
+    first = np.searchsorted(sample.trajectory, sample.trajectory, side="left")
+    count = np.searchsorted(sample.trajectory, sample.trajectory, side="right") - first
+    rows = np.flatnonzero(count > 1)
+    if len(rows) < 200:
         return []
-    near = np.abs(sample.next_states - sample.states).mean(axis=0)
-    other = np.random.default_rng(0).permutation(len(sample))
-    far = np.abs(sample.next_states[other] - sample.states).mean(axis=0)
+    # Half a trajectory on, or back: rows that have little to do with each other.
+    other = first[rows] + (rows - first[rows] + count[rows] // 2) % count[rows]
+    near = np.abs(sample.changes[rows]).mean(axis=0)
+    far = np.abs(sample.next_states[other] - sample.states[rows]).mean(axis=0)
     if not far.any() or (near < UNORDERED * far).any():
         return []
     found = Finding(
         name="rows without visible order",
         count=dataset.num_rows,
         where="all rows",
-        effect="neighbouring rows are as far apart as any two, in every dimension: if they were shuffled, what is "
+        effect="neighbours are as far apart as any two rows, in every dimension: if they were shuffled, what is "
         "learned is no transition",
         advice="give rows in the order of their recording, or next_observations",
         matters=True,

@@ -5,6 +5,7 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from cli import (
     check_output_folder,
     choose_device,
     exit_on_input_error,
+    exit_when_out_of_memory,
     interruptible,
 )
 from utils import InputError
@@ -83,6 +85,50 @@ def test_unknown_argument_with_a_line_break_is_one_line(capsys):
     with pytest.raises(SystemExit):
         CommandLine(prog="x").parse_args(["a\nb"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: np.empty(2**50),
+        lambda: torch.empty(2**50),
+        lambda: [0] * 2**50,
+        lambda: os.read(os.open("/dev/zero", 0), 2**50),
+    ],
+    ids=["numpy", "torch", "list", "bytes"],
+)
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(ask, capsys):
+    with pytest.raises(SystemExit) as end, exit_when_out_of_memory("lower batch_size"):
+        ask()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: not enough memory; lower batch_size\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+        ),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cublas"],
+)
+def test_a_full_gpu_is_told_apart(error, capsys):
+    with pytest.raises(SystemExit) as end, exit_when_out_of_memory("lower batch_size"):
+        raise error
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: not enough memory on the GPU; lower batch_size\n"
+
+
+@pytest.mark.parametrize("defect", [RuntimeError, OSError, ValueError])
+def test_other_errors_are_not_taken_for_memory(defect):
+    with pytest.raises(defect, match="ours"), exit_when_out_of_memory(""):
+        raise defect("ours")
 
 
 # --- Signals ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,11 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def find_experiment(client: MlflowClient, name: str) -> str:
-    """Returns the id of the experiment called ``name``, which is created if there is none."""
+    """Returns the id of the experiment called ``name``, which is created if there is none.
+
+    Raises:
+        InputError: If it was deleted: MLflow keeps the name then, and takes no runs for it.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -83,6 +88,11 @@ def find_experiment(client: MlflowClient, name: str) -> str:
         with contextlib.suppress(MlflowException):  # another process may have created it just now
             return client.create_experiment(name)
         experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            f"the MLflow experiment {name!r} was deleted; bring it back by: mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id} (first: export MLFLOW_TRACKING_URI={shlex.quote(client.tracking_uri)})"
+        )
     return experiment.experiment_id
 
 

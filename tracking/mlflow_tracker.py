@@ -128,6 +128,8 @@ class MlflowTracker(Tracker):
             return
         try:
             self._send()
+        except InputError:
+            raise
         except Exception as error:  # MLflow, SQLAlchemy and the system each raise their own
             reason = first_line(error)
             raise InputError(

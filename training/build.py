@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import resource
+from pathlib import Path
 from typing import Any
 
 from config import LearnConfig
@@ -84,9 +86,20 @@ def check_size(config: LearnConfig, architecture: Architecture, heads: int) -> N
     widths = [in_dim, *architecture.hidden_size, heads * architecture.state_dim]
     weights = sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
     needed = 4 * 6 * weights * config.ensemble_size  # bytes
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = available_memory()
     if needed > available:
         raise InputError(
             f"{config.ensemble_size} members with layers {list(config.hidden_size)} need {needed / 2**30:.3g} GiB to "
-            f"train, this machine has {available / 2**30:.3g}; lower ensemble_size or hidden_size"
+            f"train, this process may have {available / 2**30:.3g}; lower ensemble_size or hidden_size"
         )
+
+
+def available_memory() -> int:
+    """Returns how many bytes this process may have: the machine's, or fewer by ``ulimit``, a container or Slurm."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [soft for soft, _ in map(resource.getrlimit, (resource.RLIMIT_AS, resource.RLIMIT_DATA)) if soft >= 0]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, versions 2 and 1
+        file = Path("/sys/fs/cgroup") / name
+        if file.is_file() and (limit := file.read_text().strip()).isdecimal():
+            limits.append(int(limit))
+    return min(limits)

@@ -1,3 +1,4 @@
+import re
 import shlex
 import subprocess
 import threading
@@ -64,6 +65,20 @@ def test_an_experiment_is_made_once(store):
     made = find_experiment(store, "ensembles")
     assert find_experiment(store, "ensembles") == made
     assert find_experiment(store, "studies") != made
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_brings_it_back(store, monkeypatch):
+    made = find_experiment(store, "ensembles")
+    store.delete_experiment(made)
+    with pytest.raises(InputError, match="experiment 'ensembles' was deleted") as refusal:
+        find_experiment(store, "ensembles")
+
+    from mlflow.cli import cli
+
+    restore, setting = re.fullmatch(r".* by: (.*) \(first: export (.*)\)", str(refusal.value)).groups()
+    monkeypatch.setenv(*shlex.split(setting)[0].split("=", 1))
+    cli.main(shlex.split(restore)[1:], standalone_mode=False)
+    assert find_experiment(store, "ensembles") == made
 
 
 def test_a_run_is_found_unless_it_was_deleted(store):

@@ -218,6 +218,14 @@ def test_a_local_store_that_cannot_be_used_is_an_input_error(uri, tmp_path, monk
     assert time.monotonic() - start < 5
 
 
+def test_a_deleted_experiment_is_an_input_error_with_its_remedy(store):
+    with open_mlflow() as tracker:
+        pass
+    store.delete_experiment(store.get_run(tracker.run_id).info.experiment_id)
+    with pytest.raises(InputError, match="was deleted; bring it back by: mlflow experiments restore"):
+        open_mlflow()
+
+
 # --- After training ---
 
 

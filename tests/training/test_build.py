@@ -1,6 +1,8 @@
 """build: the kind that a configuration asks for, the settings of its loss, and an ensemble that fits into memory."""
 
+import os
 import re
+import resource
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from config import LearnConfig
 from dynamics_model import Architecture, DynamicsEnsemble
 from training.batches import measure_normalisation
-from training.build import build_ensemble, check_size, find_kind, loss_settings
+from training.build import available_memory, build_ensemble, check_size, find_kind, loss_settings
 from utils import InputError
 
 # --- The kind ---
@@ -129,7 +131,9 @@ def test_draws_are_those_of_the_seed(linear_system):
     ("settings", "layers"), [({"ensemble_size": 10**11}, "[256, 256, 256, 256]"), ({"hidden_size": (10**10,)}, "[10")]
 )
 def test_ensemble_that_cannot_fit_into_memory_is_refused_before_it_is_built(settings, layers, linear_system):
-    with pytest.raises(InputError, match=re.escape(layers) + ".* GiB to train, this machine has .*; lower ensemble_"):
+    with pytest.raises(
+        InputError, match=re.escape(layers) + ".* GiB to train, this process may have .*; lower ensemble_"
+    ):
         build_ensemble(LearnConfig(**settings), linear_system(10))
 
 
@@ -144,3 +148,17 @@ def test_memory_is_that_of_weights_gradients_moments_best_weights_and_checkpoint
         monkeypatch.setattr("os.sysconf", lambda name, needed=needed: {"SC_PAGE_SIZE": 1}.get(name, needed - 1))
         with pytest.raises(InputError, match="5 members with layers"):
             check_size(config, architecture, heads)
+
+
+def _ask_under_a_limit(limit, answers):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    answers.put(available_memory())
+
+
+def test_memory_may_be_limited_to_less_than_the_machine_has(processes):
+    assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    answers = processes.Queue()
+    process = processes.Process(target=_ask_under_a_limit, args=(limit := available_memory() - 4096, answers))
+    process.start()
+    assert answers.get(timeout=60) == limit
+    process.join()
