@@ -195,7 +195,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--holdout_dataset",
         metavar="NAME",
-        help="hold out this dataset, less its copies of training trajectories, instead of a share of --dataset",
+        help="hold out this dataset, less copies of trajectories of --dataset, instead of a share of that",
     )
     parser.add_argument(
         "--test_ratio",

@@ -49,7 +49,7 @@ class Division:
         dataset: What ``split`` has the indices of: the same, or its pieces.
         split: Who trains, validates and tests.
         pieces: What each trajectory of ``dataset`` is of the whole ones; None where they are whole.
-        holdout_dataset: What validates, where that is a dataset of its own, less copies of training trajectories.
+        holdout_dataset: What validates, where that is a dataset of its own, less copies of trajectories of ``whole``.
         copies_left_out: How many of its trajectories these were.
     """
 
@@ -64,7 +64,7 @@ class Division:
         """Returns the same with a dataset of its own to validate.
 
         Raises:
-            InputError: If it has other dimensions, or nothing but copies of training trajectories.
+            InputError: If it has other dimensions, or nothing but copies of trajectories that train or test.
         """
         shapes = [f"{d.state_dim} state and {d.action_dim} action dimensions" for d in (other, self.whole)]
         if shapes[0] != shapes[1]:
@@ -72,10 +72,11 @@ class Division:
                 f"--holdout_dataset {other.name} has {shapes[0]}, but {self.whole.name} has {shapes[1]}; give data of "
                 "the same environment"
             )
-        kept = unlike(other.trajectories, self.training_fingerprints())
+        kept = unlike(other.trajectories, fingerprints(self.whole.trajectories))
         if not sum(other.trajectories[index].num_transitions for index in kept):
             raise InputError(
-                f"--holdout_dataset {other.name} has nothing but copies of training trajectories; give another"
+                f"--holdout_dataset {other.name} has nothing but copies of trajectories of {self.whole.name}; give "
+                "another"
             )
         left_out = len(other.trajectories) - len(kept)
         other = dataclasses.replace(other, trajectories=[other.trajectories[index] for index in kept])
@@ -91,9 +92,11 @@ class Division:
             return gather_transitions(self.holdout_dataset, np.arange(len(self.holdout_dataset.trajectories)))
         return gather_transitions(self.dataset, self.split.holdout) if self.split.holdout.size else None
 
-    def training_fingerprints(self) -> list[str]:
-        """Returns the fingerprints of all whole trajectories of which something trains, sorted."""
-        indices = self.split.train.tolist()
+    def fingerprints(self, side: str) -> list[str]:
+        """Returns the fingerprints, sorted, of all whole trajectories of which something trains, validates or tests."""
+        if side == "holdout" and self.holdout_dataset is not None:
+            return sorted(fingerprints(self.holdout_dataset.trajectories))
+        indices = getattr(self.split, side).tolist()
         if self.pieces is not None:
             indices = {self.pieces[index].trajectory for index in indices}
         return sorted(fingerprints(self.whole.trajectories[index] for index in indices))
@@ -112,7 +115,7 @@ class Division:
         return np.concatenate(rows) if sum(map(len, rows)) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what ``restore`` needs, and who trained, in plain Python types."""
+        """Returns what ``restore`` needs, and who trained and validated, in plain Python types."""
         held_out = self.holdout_dataset
         return {
             "sha256": self.whole.sha256,
@@ -121,7 +124,7 @@ class Division:
             "pieces": None if self.pieces is None else [list(piece) for piece in self.pieces],
             "split": {field.name: getattr(self.split, field.name).tolist() for field in dataclasses.fields(Split)},
             "holdout_dataset": None if held_out is None else {"name": held_out.name, "sha256": held_out.sha256},
-            "training_fingerprints": self.training_fingerprints(),
+            "fingerprints": {side: self.fingerprints(side) for side in ("train", "holdout")},
         }
 
     @classmethod
@@ -183,7 +186,7 @@ class Division:
                     name="copies in the holdout dataset",
                     count=self.copies_left_out,
                     where=self.holdout_dataset.name,
-                    effect="these trajectories equal training ones, so they were left out of the holdout",
+                    effect="these trajectories equal some that train or test, so they were left out of the holdout",
                     advice="nothing to do",
                     matters=True,
                 )

@@ -94,12 +94,14 @@ class EvaluationFacts:
         notes = [f"Evaluated on {_PARTS[selection.part]}."]
         if selection.copies:
             of = selection.available + (0 if selection.keeps_copies else selection.copies)
-            fate = "are counted all the same, so these scores flatter the model"
-            notes.append(
-                f"{selection.copies} of {of} trajectories equal training trajectories and "
-                + (fate if selection.keeps_copies else "were left out (--keep_copies counts them).")
+            known = "trained the model or selected its weights" if selection.part == "unseen" else "trained the model"
+            fate = (
+                "are counted all the same, so these scores flatter the model."
+                if selection.keeps_copies
+                else "were left out (--keep_copies counts them)."
             )
-        if selection.part == "unseen" and "training_fingerprints" not in model.metadata["dataset"]:
+            notes.append(f"{selection.copies} of {of} trajectories equal some that {known} and {fate}")
+        if selection.part == "unseen" and "fingerprints" not in model.metadata["dataset"]:
             notes.append("The model is of an older version: copies of its training trajectories cannot be told here.")
         if not all(dataset.trajectories[index].in_order for index in selection.indices):
             notes.append("Its rows do not follow one another: rollouts of more than one step are refused.")

@@ -78,8 +78,9 @@ class Selection:
         indices: Sorted indices of trajectories.
         part: ``test``, ``holdout``, ``train``, ``unseen``, or ``other holdout`` for a dataset that only validated.
         available: How many trajectories that part has; where they are too many, some were drawn.
-        copies: How many more, or among them, equal training trajectories.
-        keeps_copies: Whether these are among them.
+        copies: How many others (or, where they are kept, of these) equal trajectories that the model knows better: that
+            trained it or, of an unseen dataset, that trained it or selected its weights.
+        keeps_copies: Whether these are kept.
     """
 
     dataset: Dataset
@@ -155,7 +156,7 @@ def select_trajectories(
         max_rows: How many transitions are enough.
         seed: Seed of the draw.
         split: The part asked for: ``test``, ``holdout`` or ``train``.
-        keep_copies: Whether to keep trajectories that equal training ones.
+        keep_copies: Whether to keep trajectories that equal some that trained the model or selected its weights.
 
     Raises:
         InputError: If there are none.
@@ -174,15 +175,18 @@ def select_trajectories(
             f"--split {split} is for the dataset the model was trained on, {trained_on['name']!r}; all of "
             f"{dataset.name!r} is unseen: leave --split out"
         )
-    chosen = [dataset.trajectories[index] for index in indices]
-    is_new = unlike(chosen, trained_on.get("training_fingerprints", []))
-    copies = 0 if part == "train" else len(indices) - len(is_new)
+    known = trained_on.get("fingerprints", {"train": [], "holdout": []})
+    better_known = {"train": [], "holdout": known["train"], "other holdout": known["train"]}
+    is_new = unlike(
+        [dataset.trajectories[index] for index in indices], better_known.get(part, known["train"] + known["holdout"])
+    )
+    copies = len(indices) - len(is_new)
     if copies and not keep_copies:
         indices = indices[is_new]
     if not sum(dataset.trajectories[index].num_transitions for index in indices):
         raise InputError(
-            f"every trajectory of {dataset.name!r} equals one that {model.name} was trained on; give other data, or "
-            "evaluate on what it has seen by --keep_copies"
+            f"every trajectory of {dataset.name!r} equals one that trained {model.name} or selected its weights; give "
+            "other data, or evaluate on these by --keep_copies"
         )
     drawn = draw_trajectories(dataset, indices, max_rows, seed)
     return Selection(dataset, drawn, part, len(indices), copies, keep_copies)

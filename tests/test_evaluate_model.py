@@ -251,6 +251,73 @@ def test_a_store_that_is_not_there_costs_one_warning(trained, workplace, undrawn
     assert not (workplace / "none.db").exists()
 
 
+# --- What the data say ---
+
+
+def rewrite(source, path, order, **left_out):
+    """Writes the rows of a dataset in another order to another file, without some of its arrays."""
+    with h5py.File(source) as file, h5py.File(path, "w") as other:
+        for key in set(file) - set(left_out):
+            other[key] = file[key][:][order]
+    return str(path)
+
+
+def test_copies_of_what_the_model_knows_are_left_out_or_counted_and_that_is_said(trained, workplace, undrawn, capsys):
+    split = load(trained / "pnn-tested.pkl")[1]["dataset"]["split"]
+    known = sorted(split["train"] + split["holdout"])
+    rows = np.arange(EPISODES * LENGTH)
+    again = rewrite(trained / "near.hdf5", workplace / "again.hdf5", rows, rewards=None)  # the same in another file
+    command = ["--model", str(trained / "pnn-tested.pkl"), *FAST, "--dataset"]
+    assert main([*command, again, "--output", "new"]) == 0
+    content = report_of(workplace / "new")
+    assert (content["part"], content["trajectories"]) == ("unseen", len(split["test"]))
+    said = f"{len(known)} of {EPISODES} trajectories equal some that trained the model or selected its weights and were"
+    assert said in content["notes"][1]
+    assert said in (workplace / "new" / "report.html").read_text()
+    assert said in capsys.readouterr().out
+    assert main([*command, again, "--output", "all", "--keep_copies"]) == 0
+    assert report_of(workplace / "all")["trajectories"] == EPISODES
+    assert "are counted all the same" in capsys.readouterr().out
+
+    copies = np.concatenate([np.arange(LENGTH) + index * LENGTH for index in known])
+    with pytest.raises(SystemExit):
+        main([*command, rewrite(again, workplace / "copies.hdf5", copies)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "every trajectory of" in line and "--keep_copies" in line
+
+
+def test_rows_that_do_not_follow_end_rollouts_and_the_report_says_so(trained, workplace, undrawn, capsys):
+    rows = np.delete(np.arange(EPISODES * LENGTH), np.arange(EPISODES) * LENGTH + 3)
+    gaps = rewrite(trained / "far.hdf5", workplace / "gaps.hdf5", rows, timeouts=None)
+    assert main(["--model", str(trained / "pnn-tested.pkl"), "--dataset", gaps, *FAST, "--output", "here"]) == 0
+    content = report_of(workplace / "here")
+    found = {finding["name"]: finding["count"] for finding in content["findings"]}
+    assert found["rows that do not follow"] == 2 * EPISODES - 1
+    assert content["trajectories"] == 2 * EPISODES
+    assert f"warning: rows that do not follow: {2 * EPISODES - 1} (behind rows 2, 28, 31" in capsys.readouterr().err
+    assert "rows that do not follow" in (workplace / "here" / "report.html").read_text()
+
+
+def test_of_rows_in_no_order_longer_rollouts_are_refused(trained, workplace, undrawn, capsys):
+    order = np.random.default_rng(0).permutation(EPISODES * LENGTH)
+    shuffled = rewrite(trained / "far.hdf5", workplace / "shuffled.hdf5", order, timeouts=None)
+    command = ["--model", str(trained / "pnn-tested.pkl"), "--dataset", shuffled, "--max_starts", "30", "--cpu"]
+    assert main([*command, "--horizons", "1", "5", "--output", "here"]) == 0
+    assert "Its rows do not follow one another: rollouts of more than one step are refused." in capsys.readouterr().out
+    assert pd.read_csv(workplace / "here" / "rollout.csv").horizon.unique().tolist() == [1]
+    with pytest.raises(SystemExit):
+        main([*command, "--horizons", "5"])
+    assert "the rows of" in (last := capsys.readouterr().err.splitlines()[-1]) and "do not follow one another" in last
+
+
+def test_several_datasets_are_evaluated_together(trained, workplace, undrawn):
+    names = [str(trained / f"{name}.hdf5") for name in ("far", "single")]
+    command = ["--model", str(trained / "pnn-tested.pkl"), "--dataset", *names, *FAST, "--quiet"]
+    assert main(command) == 0
+    content = report_of(workplace / "reports" / "pnn-tested-on-far-single")
+    assert (content["part"], content["trajectories"]) == ("unseen", EPISODES + 1)
+
+
 # --- What is refused ---
 
 

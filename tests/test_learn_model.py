@@ -17,6 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
 import learn_model
 from data.sources import load_dataset
@@ -216,6 +217,116 @@ def test_learning_rates_in_the_csv_are_the_epochs_own(at_runs):
     assert rates == pytest.approx([0.004, 0.002, 0.001])
 
 
+# --- What the data say ---
+
+
+def write_part(path, source, episodes, **changes):
+    """Writes some episodes of a file to another; changes replace arrays or, being None, leave them out."""
+    rows = np.concatenate([np.arange(LENGTH) + LENGTH * episode for episode in episodes])
+    with h5py.File(source) as file, h5py.File(path, "w") as part:
+        for key in {*file, *changes}:
+            values = changes.get(key, file[key][:][rows] if key in file else None)
+            if values is not None:
+                part[key] = values
+    return path
+
+
+@pytest.fixture
+def recordings(linear_dataset, workplace):
+    """Two files of which the second has two copies from the first, one to hold out, and one long recording."""
+    write_part("a.hdf5", linear_dataset, [0, 1, 2, 3])
+    write_part("b.hdf5", linear_dataset, [4, 5, 0, 1])
+    write_part("held.hdf5", linear_dataset, [6, 7, 4])
+    long = np.cumsum(np.random.default_rng(0).normal(size=(400, 3)), axis=0).astype(np.float32)
+    zeros = {"terminals": np.zeros(400, bool), "rewards": None, "timeouts": None}
+    following = np.vstack([long[1:], long[-1:]])
+    actions = np.random.default_rng(1).normal(size=(400, 2)).astype(np.float32)
+    write_part(
+        "long.hdf5", linear_dataset, [0], observations=long, actions=actions, next_observations=following, **zeros
+    )
+    return workplace
+
+
+def test_several_datasets_are_learned_from_and_what_was_found_is_told_and_kept(recordings, capsys):
+    command = [*arguments("a.hdf5", published("dnn")), "--holdout_dataset", "held.hdf5", "--test_ratio", "0.3"]
+    command[2:2] = ["b.hdf5"]
+    assert main([*command, "--run_name", "both"]) == 0
+
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in told] == ["copies of trajectories", "copies in the holdout dataset"]
+    assert "2 (trajectories 6 (of 0), 7 (of 1))" in told[0] and told[0].startswith("warning: ")
+
+    models, metadata = load("model.pkl")
+    kept = metadata["dataset"]
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert (kept["name"], kept["rows"], kept["trajectories"]) == ("a.hdf5 + b.hdf5", 8 * LENGTH, 8)
+    assert [(part["name"], part["num_trajectories"]) for part in kept["parts"]] == [("a.hdf5", 4), ("b.hdf5", 4)]
+    sides = [{index % 6 for index in kept["split"][side]} for side in ("train", "test")]
+    assert not sides[0] & sides[1] and kept["split"]["holdout"] == []
+    assert len(kept["fingerprints"]["train"]) == len(kept["split"]["train"])
+    assert kept["holdout_dataset"]["name"] == "held.hdf5"
+    assert all(score["val_mse"] for score in metadata["scores"])
+    assert not hasattr(models[0], "holdout_idx"), "nothing of the training datasets was held out"
+
+    record = json.loads(Path("logs/both/run.json").read_text())
+    assert record["findings"] == kept["findings"]
+    assert record["findings"][0]["count"] == 2
+    assert "| **copies of trajectories** | 2 |" in Path("logs/both/audit.md").read_text()
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(metadata["mlflow_run_id"])
+    assert run.data.tags["audit"].startswith("copies of trajectories: 2, ")
+    assert run.data.params["holdout_dataset"] == "held.hdf5"
+    assert "audit.md" in [artifact.path for artifact in client.list_artifacts(metadata["mlflow_run_id"])]
+
+
+def test_one_recording_is_held_out_in_blocks_and_the_run_says_so(recordings, capsys):
+    command = arguments("long.hdf5", published("dnn"))
+    command.remove("--quiet")
+    assert main([*command, *HOLDOUT, "--run_name", "auto"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: recordings divided in blocks" in told
+    models, metadata = load("model.pkl")
+    pieces, split = metadata["dataset"]["pieces"], metadata["dataset"]["split"]
+    assert f"training rows of {len(split['train'])} pieces, {len(split['holdout'])} held out" in told
+    held_out = np.concatenate([np.arange(pieces[index][1], pieces[index][2] - 1) for index in split["holdout"]])
+    np.testing.assert_array_equal(models[0].holdout_idx, held_out)
+
+    assert main([*command, *HOLDOUT, "--run_name", "asked", "--holdout_blocks", "4"]) == 0
+    assert load("model.pkl")[1]["dataset"]["pieces"] != pieces
+    with pytest.raises(SystemExit):  # another division is another run
+        main([*command, *HOLDOUT, "--run_name", "asked", "--holdout_blocks", "5", "--resume"])
+    assert "holdout_blocks 4, now 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--dataset", "a.hdf5", "a.hdf5"], "dataset 'a.hdf5' is given twice"),
+        (
+            ["--holdout_dataset", "held.hdf5", "--holdout_ratio", "0.2"],
+            "leave --holdout_ratio and --holdout_samples out",
+        ),
+        (["--holdout_dataset", "held.hdf5", "--output", "held.hdf5"], "is the file of --holdout_dataset"),
+        (["--holdout_dataset", "b.hdf5", "--dataset", "b.hdf5"], "nothing but copies of trajectories of"),
+        (["--holdout_blocks", "5"], "add --holdout_ratio 0.2"),
+        (["--holdout_blocks", "1", "--holdout_ratio", "0.2"], "holdout_blocks is 1"),
+        (
+            ["--dataset", "long.hdf5", "--params", "learn_reward=true"],
+            "learn_reward is true, but long.hdf5 has no rewards",
+        ),
+        (["--holdout_dataset", "long.hdf5", "--params", "learn_reward=true"], "but long.hdf5 has no rewards"),
+    ],
+)
+def test_a_division_that_cannot_be_is_refused_in_one_line(recordings, capsys, change, words):
+    before = {path.name for path in recordings.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments("a.hdf5", published("dnn")), *change])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert {path.name for path in recordings.iterdir()} == before
+
+
 def test_help_needs_no_heavy_import():
     code = (
         "import sys, learn_model\n"
@@ -225,7 +336,8 @@ def test_help_needs_no_heavy_import():
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     flags = "dataset config params seed output holdout_ratio holdout_samples test_ratio track_training csv run_name "
-    for flag in (flags + "resume dataset_path device cpu quiet").split():
+    flags += "resume dataset_path device cpu quiet holdout_blocks holdout_dataset"
+    for flag in flags.split():
         assert f"--{flag}" in shown.stdout
 
 

@@ -291,7 +291,7 @@ def test_another_dataset_validates_less_its_copies(walks):
     (found,) = held_out.findings()
     assert (found.name, found.count) == ("copies in the holdout dataset", 3)
     assert division.findings() == []
-    with pytest.raises(InputError, match="nothing but copies of training trajectories"):
+    with pytest.raises(InputError, match="nothing but copies of trajectories of"):
         division.with_holdout(Dataset("copies", None, "", other.trajectories[1:]))
 
 
@@ -311,5 +311,5 @@ def test_a_division_comes_back_from_what_is_kept_of_it(walks):
             assert (mine is None) == (others is None)
             if mine is not None:
                 np.testing.assert_array_equal(mine.states, others.states)
-        assert kept["training_fingerprints"] == sorted(fingerprints(division.whole.trajectories))
+        assert kept["fingerprints"]["train"] == sorted(fingerprints(division.whole.trajectories))
         assert Division.restore(dataclasses.replace(data, sha256="c"), kept) is None

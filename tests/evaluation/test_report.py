@@ -30,7 +30,7 @@ def facts_of(knowing_ensemble, walks):
     """Returns a function that gathers the facts of evaluating a model on some of three trajectories."""
 
     def gather(*indices, part="test", available=None, has_training_rows=True, findings=(), dataset=None, **more):
-        trained_on = {"name": "d", "training_fingerprints": [], "findings": [dataclasses.asdict(FOUND)]}
+        trained_on = {"name": "d", "fingerprints": {}, "findings": [dataclasses.asdict(FOUND)]}
         metadata = {"kind": "of its own", "config": {"seed": 3}, "dataset": trained_on}
         model = Model(None, "m", knowing_ensemble(), metadata)
         available = len(indices) if available is None else available
@@ -61,9 +61,11 @@ def test_facts_tell_of_copies_and_of_rows_in_no_order(facts_of, walks):
     left_out, kept = facts_of(0, 1, part="unseen", copies=1), facts_of(0, 1, part="unseen", copies=1, keeps_copies=True)
     assert (
         left_out.notes[1]
-        == "1 of 3 trajectories equal training trajectories and were left out (--keep_copies counts them)."
+        == "1 of 3 trajectories equal some that trained the model or selected its weights and were left out (--keep_copies counts them)."
     )
-    assert kept.notes[1].startswith("1 of 2 trajectories equal training trajectories and are counted all the same")
+    assert kept.notes[1].startswith(
+        "1 of 2 trajectories equal some that trained the model or selected its weights and are counted all the same"
+    )
     mixed = walks(2, 3)
     mixed.trajectories[1] = dataclasses.replace(mixed.trajectories[1], in_order=False)
     assert facts_of(0, 1, dataset=mixed).notes[1].endswith("rollouts of more than one step are refused.")

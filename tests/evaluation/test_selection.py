@@ -109,8 +109,8 @@ def test_another_dataset_is_unseen_as_a_whole(walks):
         select_trajectories(model, other, 7, seed=0, split="test")
 
 
-def test_copies_of_training_trajectories_are_left_out_wherever_they_are(walks):
-    model = model_of(walks(3, 4, 5), train=[0, 2], test=[1])
+def test_copies_of_what_the_model_knows_are_left_out_wherever_they_are(walks):
+    model = model_of(walks(3, 4, 5), train=[0], test=[1], holdout=[2])
     other = Dataset("other", None, "1" * 64, walks(5, 6, 3, 4).trajectories)
     found = select_trajectories(model, other, max_rows=100, seed=0)
     assert (found.indices.tolist(), found.available, found.copies) == ([1, 3], 2, 2)
@@ -118,8 +118,16 @@ def test_copies_of_training_trajectories_are_left_out_wherever_they_are(walks):
     counted = select_trajectories(model, other, max_rows=100, seed=0, keep_copies=True)
     assert (counted.indices.tolist(), counted.copies, counted.keeps_copies) == ([0, 1, 2, 3], 2, True)
     copies = Dataset("copies", None, "1" * 64, walks(5, 3).trajectories)
-    with pytest.raises(InputError, match=r"every trajectory of 'copies' equals one .*--keep_copies"):
+    with pytest.raises(InputError, match=r"every trajectory of 'copies' equals one that trained m .*--keep_copies"):
         select_trajectories(model, copies, max_rows=100, seed=0)
+
+
+def test_of_the_own_dataset_only_copies_across_sides_are_left_out(walks):
+    """Versions before this one split copies like other trajectories."""
+    data = walks(3, 4, 3, 5)
+    model = model_of(data, train=[0], holdout=[1, 2], test=[3])
+    for side, expected in (("train", [0]), ("holdout", [1]), ("test", [3])):
+        assert select_trajectories(model, data, max_rows=100, seed=0, split=side).indices.tolist() == expected
 
 
 def test_a_dataset_that_only_validated_is_no_unseen_one(walks):
