@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 
 from config import LearnConfig, load_config
+from data.audit import audit
 from data.sources import load_dataset
 from data.trajectories import Dataset, gather_transitions
 from study.cells import Cell, split_dataset
 from study.store import CellStore
+from tracking.trackers import warn
 from training.build import build_ensemble, find_kind
 from utils import InputError
 
@@ -120,13 +122,16 @@ def load_arms(paths: Sequence[Path], overrides: Sequence[str]) -> Arms:
 
 
 def load_datasets(names: Sequence[str], split_seed: int, quiet: bool) -> Datasets:
-    """Loads every dataset and checks that it can be split and learned.
+    """Loads every dataset, says what was found about it, and checks that it can be split and learned.
 
     Raises:
         InputError: If one cannot be used.
     """
     datasets = {name: load_dataset(name, quiet=quiet) for name in names}
     for name, dataset in datasets.items():
+        for finding in audit(dataset):
+            if finding.matters:
+                warn(f"{name}: {finding}")
         split = split_dataset(dataset, split_seed)
         if len(split.test) < 2 or len(split.holdout) < 1:
             raise InputError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from data.audit import audit
 from reporting.page import Section, format_cell, html_page, html_table, markdown_page, markdown_table
 from study.analysis import PRIMARY, Results, Tables, analyse
 from study.cells import short_name, split_dataset
@@ -48,7 +49,7 @@ class StudyFacts:
         command: Command line that made the study.
         differences: setting, and per arm its value, as text: the settings in which arms differ.
         datasets: dataset, transitions, sha256 (its first 16 digits), and of training, validation and test how many
-            transitions in how many trajectories, as text.
+            transitions in how many trajectories, and what its audit found, as text.
         origin: code (commit), python, torch, numpy (versions), cells: how many cells each of these has made.
     """
 
@@ -129,6 +130,7 @@ def datasets_table(datasets: Datasets, split_seed: int) -> pd.DataFrame:
         for part, indices in (("training", split.train), ("validation", split.holdout), ("test", split.test)):
             size = sum(dataset.trajectories[index].num_transitions for index in indices)
             row[part] = f"{size} in {len(indices)} trajectories"
+        row["audit"] = ", ".join(f"{found.name}: {found.count:,}" for found in audit(dataset)) or "nothing found"
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -59,13 +59,8 @@ def test_facts_warn_of_what_a_reader_must_know(facts_of):
 
 def test_facts_tell_of_copies_and_of_rows_in_no_order(facts_of, walks):
     left_out, kept = facts_of(0, 1, part="unseen", copies=1), facts_of(0, 1, part="unseen", copies=1, keeps_copies=True)
-    assert (
-        left_out.notes[1]
-        == "1 of 3 trajectories equal some that trained the model or selected its weights and were left out (--keep_copies counts them)."
-    )
-    assert kept.notes[1].startswith(
-        "1 of 2 trajectories equal some that trained the model or selected its weights and are counted all the same"
-    )
+    assert left_out.notes[1].startswith("1 of 3 trajectories equal some that trained the model or selected its weights")
+    assert kept.notes[1].startswith("1 of 2 trajectories equal") and "counted all the same" in kept.notes[1]
     mixed = walks(2, 3)
     mixed.trajectories[1] = dataclasses.replace(mixed.trajectories[1], in_order=False)
     assert facts_of(0, 1, dataset=mixed).notes[1].endswith("rollouts of more than one step are refused.")

@@ -1,10 +1,12 @@
 import math
 
+import h5py
+import numpy as np
 import pandas as pd
 import pytest
 
 from config import LearnConfig
-from study.grid import TRIAL_SEED, Grid, choose_rates, earlier_rates, given_rates, load_arms
+from study.grid import TRIAL_SEED, Grid, choose_rates, earlier_rates, given_rates, load_arms, load_datasets
 from study.store import CellStore
 from utils import InputError
 
@@ -98,3 +100,14 @@ def test_rates_of_an_earlier_study_are_those_of_arms_of_the_same_names(tmp_path)
         earlier_rates(tmp_path, {"a": ARMS["a"], "d": ARMS["b"]})
     with pytest.raises(InputError, match=r"has no learning_rates\.csv"):
         earlier_rates(tmp_path / "nowhere", ARMS)
+
+
+def test_what_was_found_about_a_dataset_is_told_before_it_is_trained_on(dataset, tmp_path, capsys):
+    path, doubled = str(tmp_path / "doubled.hdf5"), [*dataset.trajectories, *dataset.trajectories[:3]]
+    with h5py.File(path, "w") as file:
+        for key in ("observations", "actions", "rewards", "next_observations"):
+            file[key] = np.concatenate([getattr(trajectory, key) for trajectory in doubled])
+        file["terminals"] = np.concatenate([np.arange(len(t)) == len(t) - 1 for t in doubled])
+    load_datasets([path], split_seed=0, quiet=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: copies of trajectories: 3 (")

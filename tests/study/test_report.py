@@ -42,7 +42,10 @@ def test_a_study_leaves_tables_figures_and_reports(tmp_path, make_study, dataset
         "evaluation with 2 threads."
     )
     assert "| probabilistic | False | True |" in text
-    assert "| one | 360 | d1ge57 | 240 in 8 trajectories | 60 in 2 trajectories | 60 in 2 trajectories |" in text
+    assert (
+        "| one | 360 | d1ge57 | 240 in 8 trajectories | 60 in 2 trajectories | 60 in 2 trajectories | nothing found |"
+        in text
+    )
     assert "| c0ffee | 3.11 | 2.9 | 2.1 | 6 |" in text
     assert command in text and command in page
     assert page.count("data:image/png") == 4
