@@ -31,7 +31,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 FORMAT_VERSION = 1
-CHUNK = 512  # rows of each member that are predicted at once
+CHUNK = 256  # rows of each member that are predicted at once
 VARIANCE_FLOOR = 1e-12  # raw units; the variance given for dimensions that are predicted exactly
 _ACTIVATIONS = {name: getattr(functional, name) for name in ("silu", "relu", "gelu", "elu")}
 _ACTIVATIONS |= {"swish": functional.silu, "tanh": torch.tanh}
@@ -48,8 +48,7 @@ DISAGREEMENTS: tuple[Disagreement, ...] = get_args(Disagreement)
 Propagation = Literal["ts1", "tsinf", "mean", "member"]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # a function like stacked_linear
 Members = Array | tuple[Tensor, Tensor]  # of rows: an index for each, or what DynamicsEnsemble.group makes of them
-Parts = tuple[Tensor | None, ...]  # mean and variance, or the reward
-Predict = Callable[..., Parts]  # of states, actions, ...: (ensemble, batch, dim), each member's own
+Predict = Callable[..., tuple]  # of states, actions, ...: (ensemble, batch, dim), each member's own
 
 
 def member_class(kind: str) -> type[DynamicsModel]:
@@ -205,12 +204,14 @@ class DynamicsEnsemble(nn.Module):
         self.state_dim, self.action_dim = architecture.state_dim, architecture.action_dim
         self.holdout_idx: np.ndarray | None = None
         self.metadata: dict[str, Any] = {}
-        self.elites = list(range(ensemble_size))
+        self.elites, self.seed = list(range(ensemble_size)), seed
         for name in Normalisation.names():
             self.register_buffer(name, getattr(normalisation, name).clone())
         learned = normalisation.delta_scale.nonzero().flatten()  # the state dimensions whose change varies
         self.register_buffer("learned", learned, persistent=False)
         self.learned_dim = len(learned)
+        self.register_buffer("floor", VARIANCE_FLOOR * (normalisation.delta_scale == 0), persistent=False)
+        self.register_buffer("delta_variance", normalisation.delta_scale.square(), persistent=False)
         # For each state dimension, the output that predicts it (any, where the change is constant: its scale is 0).
         output = (normalisation.delta_scale != 0).cumsum(dim=0) - 1
         self.register_buffer("output_of_dim", output.clamp(min=0), persistent=False)
@@ -223,7 +224,6 @@ class DynamicsEnsemble(nn.Module):
         if (hidden := architecture.reward_hidden_size) is not None:
             in_dim += self.learned_dim
             self.reward = StackedMLP(ensemble_size, in_dim, hidden, 1, 1, *activation, reward_generator)
-        self.seed = seed
         self._sampling = [random_stream(seed, member, "sampling") for member in range(ensemble_size)]
         self._propagation = random_stream(seed, 0, "propagation")
 
@@ -370,6 +370,14 @@ class DynamicsEnsemble(nn.Module):
         """As ``moments``, but each row with one member only, whose index is in ``members`` ``(...)``: all ``(...)``."""
         return self._predict_rows(self._moments_each, (states, actions), members)
 
+    def draw_members(self, states: Array, actions: Array, members: Members, generator: Generator) -> Tensor:
+        """Draws each row's next state ``(..., state_dim)`` from what ``predict_members`` predicts."""
+
+        def draw_each(*parts: Tensor) -> tuple:
+            return (self.draw(*self._moments_each(*parts), generator),)
+
+        return self._predict_rows(draw_each, (states, actions), members)[0]
+
     def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
         """As ``predict``, but with rows of its own for each member: all ``(ensemble, batch, ...)``."""
         return self._in_chunks(self._predict_each, self._as_rows(states, actions))
@@ -396,18 +404,12 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def disagreement(self, states: Array, actions: Array, kind: Disagreement, normalised: bool = False) -> Tensor:
-        """Measures per row how unsure the ensemble is: an L2 norm over state dimensions; spreads have ddof 0.
+        """Measures how unsure the ensemble is of each row, ``(...)``: an L2 norm over state dimensions.
 
-        Args:
-            states: As for ``predict``.
-            actions: As for ``predict``.
-            kind: ``max_pairwise``: largest distance between two members' means (MOReL, Kidambi et al. 2020, eq. 3);
-                ``ensemble_std``: standard deviation of the members' means; ``max_aleatoric``: largest member norm of
-                sigma (MOPO, Yu et al. 2020, section 4.3); ``total_std``: standard deviation of the mixture of members.
-            normalised: Measure in units of the change's mean absolute deviation, over the dimensions that vary.
-
-        Returns:
-            ``(...)``, raw units unless ``normalised``; a ValueError if the members have no such kind.
+        ``max_pairwise``: largest distance between two members' means (MOReL, Kidambi et al. 2020, eq. 3);
+        ``ensemble_std``: standard deviation of the members' means, ddof 0; ``max_aleatoric``: largest member norm of
+        sigma (MOPO, Yu et al. 2020, section 4.3); ``total_std``: standard deviation of the mixture of members.
+        In raw units or, ``normalised``, in the change's mean absolute deviations, over the dimensions that vary.
         """
         mean, variance = self.moments(states, actions)  # (ensemble, ..., state_dim)
         if normalised:
@@ -469,19 +471,23 @@ class DynamicsEnsemble(nn.Module):
                 states = self.predict_each(states, action)[0]
             else:
                 members = self.deal(len(states), generator) if members is None or propagation == "ts1" else members
-                states = self.draw(*self.predict_members(states, action, members), generator)
+                states = self.draw_members(states, action, members, generator)
             trajectory.append(states)
         return torch.stack(trajectory, dim=-2)
 
     def deal(self, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Deals rows to members at random, in numbers that differ by one at most: what ``group`` returns."""
-        width = -(-batch // len(self))
-        rows = torch.full((width, len(self)), batch)  # that is no row
-        rows.view(-1)[:batch] = torch.randperm(batch, generator=generator)
-        rows[-1:] = rows[-1:, torch.randperm(len(self), generator=generator)]  # who gets one more is random, too
-        rows, place = rows.T.contiguous(), torch.empty(batch + 1, dtype=torch.long)
-        place.scatter_(0, rows.flatten(), torch.arange(rows.numel()))
-        return rows.clamp(max=batch - 1).to(self.device), place[:batch].to(self.device)
+        width, spare = -(-batch // len(self)), -batch % len(self)
+        places = torch.arange(len(self) * width)
+        if spare:  # some members, drawn at random, get one row less
+            filled = torch.ones(len(self), width, dtype=torch.bool)
+            filled[torch.randperm(len(self), generator=generator)[:spare], -1] = False
+            places = places[filled.flatten()]
+        rows = order = torch.randperm(batch, generator=generator)
+        if spare:
+            rows = torch.zeros(len(self) * width, dtype=torch.long).scatter_(0, places, order)
+        rows, place = rows.view(len(self), width), torch.empty_like(order).scatter_(0, order, places)
+        return rows.to(self.input_shift.device), place.to(self.input_shift.device)
 
     def deal_members(self, particles: int, starts: int, generator: Generator) -> Tensor:
         """Deals the particles of each start to members, at random and evenly: ``(particles, starts)``, on the CPU."""
@@ -494,8 +500,7 @@ class DynamicsEnsemble(nn.Module):
         next_states = states + (self._every_dim(mean) * self.delta_scale + self.delta_shift)
         if log_variance is None:
             return next_states, None
-        variance = self._every_dim(log_variance).exp() * self.delta_scale.square()
-        return next_states, torch.where(self.delta_scale > 0, variance, VARIANCE_FLOOR)
+        return next_states, torch.addcmul(self.floor, self._every_dim(log_variance).exp(), self.delta_variance)
 
     def _moments_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = self._predict_each(states, actions)
@@ -510,7 +515,7 @@ class DynamicsEnsemble(nn.Module):
         """Spreads ``(..., learned_dim)`` over ``(..., state_dim)``; constant dimensions get a value of scale 0."""
         return outputs if self.learned_dim == self.state_dim else outputs[..., self.output_of_dim]
 
-    def _predict_rows(self, predict_each: Predict, parts: Sequence[Array], members: Members | None = None) -> Parts:
+    def _predict_rows(self, predict_each: Predict, parts: Sequence[Array], members: Members | None = None) -> tuple:
         """Predicts rows with every member, ``(ensemble, ..., dim)``, or each with its own, ``(..., dim)``."""
         parts = self._as_rows(*parts)
         leading, flat = parts[0].shape[:-1], [part.reshape(-1, part.shape[-1]) for part in parts]
@@ -519,13 +524,13 @@ class DynamicsEnsemble(nn.Module):
             tables = [part.expand(len(self), -1, -1) for part in flat]
         else:
             rows, place = members if isinstance(members, tuple) else self.group(members)
-            tables = [part.index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in flat]
+            tables = [part.index_select(0, rows.flatten()).view(*rows.shape, part.shape[-1]) for part in flat]
         predicted = self._in_chunks(predict_each, tables)
         if members is not None:
             predicted = [None if part is None else part.flatten(0, 1).index_select(0, place) for part in predicted]
         return tuple(None if part is None else part.reshape(*leading, part.shape[-1]) for part in predicted)
 
-    def _in_chunks(self, predict_each: Predict, parts: Sequence[Tensor]) -> Parts:
+    def _in_chunks(self, predict_each: Predict, parts: Sequence[Tensor]) -> tuple:
         """Predicts ``(ensemble, batch, dim)`` in chunks of so many rows that a cache holds their hidden units."""
         if parts[0].shape[1] <= CHUNK:
             return predict_each(*parts)
@@ -534,10 +539,7 @@ class DynamicsEnsemble(nn.Module):
         return tuple(None if part[0] is None else torch.cat(part, dim=1) for part in predicted)
 
     def group(self, members: Array) -> tuple[Tensor, Tensor]:
-        """Arranges rows, whose members are ``(...)``, so that all members predict at once, each its own.
-
-        The table of rows is ``(ensemble, width)``, filled up with any row; each row's place in it is ``(batch,)``.
-        """
+        """Arranges rows by their members ``(...)``: a table of rows ``(ensemble, width)``, filled up, and places."""
         members = torch.as_tensor(members).flatten().cpu()
         counts = torch.bincount(members, minlength=len(self))
         order = members.argsort(stable=True)
@@ -545,17 +547,16 @@ class DynamicsEnsemble(nn.Module):
         rows = torch.zeros(filled.shape, dtype=torch.long).masked_scatter(filled, order)
         place = torch.empty_like(order)
         place[order] = filled.flatten().nonzero().squeeze(1)
-        return rows.to(self.device), place.to(self.device)
+        return rows.to(self.input_shift.device), place.to(self.input_shift.device)
 
     def _as_rows(self, *parts: Array) -> list[Tensor]:
         """Brings states, actions and, if given, next states to the device; a ValueError if shapes do not fit."""
         rows = [as_tensor(part, self.input_shift.device) for part in parts]
-        leading = tuple(rows[0].shape[:-1])
-        dims = {"states": self.state_dim, "actions": self.action_dim, "next states": self.state_dim}
-        for (name, dim), part in zip(dims.items(), rows, strict=False):
+        leading, dims = rows[0].shape[:-1], (self.state_dim, self.action_dim, self.state_dim)
+        for name, part, dim in zip(("states", "actions", "next states"), rows, dims, strict=False):
             if part.shape != (*leading, dim):
-                found = f"{name} have shape {tuple(part.shape)}"
-                raise ValueError(f"{found}; expected leading axes {leading} and a last axis of {dim}")
+                expected = f"expected leading axes {tuple(leading)} and a last axis of {dim}"
+                raise ValueError(f"{name} have shape {tuple(part.shape)}; {expected}")
         return rows
 
 
@@ -638,8 +639,7 @@ class DynamicsModel(nn.Module):
         architecture = {name: value for name, value in state["architecture"].items() if not name.startswith("beta_nll")}
         self.__init__(Architecture(**architecture), normalisation)
         self.network.load_state_dict(tensors)
-        self.requires_grad_(False)
-        self.eval()
+        self.requires_grad_(False).eval()
         if "holdout_idx" in state:
             self.holdout_idx = _unpack(state["holdout_idx"]).numpy()
 

@@ -19,6 +19,7 @@ This module imports PyTorch, NumPy, Gymnasium and the model modules; Stable-Base
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -218,7 +219,7 @@ class ModelEnv:
         if propagation not in ("ts1", "tsinf", "mean"):
             raise ValueError(f"propagation is {propagation!r}; expected ts1, tsinf or mean")
         self.ensemble = _select(ensemble, members)
-        self.propagation = propagation
+        self.propagation, self._device = propagation, torch.device(ensemble.device)
         self.task = _find_task(ensemble, task)
         self.reward_source, self.reward_reason, self._reward = _find_reward(self.ensemble, self.task, reward)
         self.pessimism = pessimism
@@ -282,7 +283,8 @@ class ModelEnv:
         predicted, uncertainty = self._predict(states, actions, members, generator)
         next_states = predicted
         if self.state_bounds is not None:
-            next_states = torch.where(predicted.isnan(), states, predicted).clamp(*self.state_bounds)
+            low, high = self.state_bounds
+            next_states = torch.fmin(torch.fmax(predicted, low), high)  # not-a-number becomes the lower bound
         if self.task is None:
             terminated = ~predicted.isfinite().all(dim=-1)
         else:
@@ -306,7 +308,7 @@ class ModelEnv:
         The members are grouped, as ``DynamicsEnsemble.group`` does it; None stands for the mean of all.
         """
         if self.pessimism is None and members is not None:
-            return self.ensemble.draw(*self.ensemble.predict_members(states, actions, members), generator), None
+            return self.ensemble.draw_members(states, actions, members, generator), None
         means, variances = self.ensemble.moments(states, actions)  # (ensemble, batch, state_dim)
         uncertainty = None
         if self.pessimism is not None:
@@ -318,12 +320,12 @@ class ModelEnv:
 
     def rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
         """Brings ``(batch, dim)`` to the device; a ValueError if the shape is another or an entry not finite."""
-        rows = as_tensor(values, self.ensemble.device)
+        rows = as_tensor(values, self._device)
         if rows.ndim != 2 or rows.shape != (len(rows) if batch is None else batch, dim):
             raise ValueError(
                 f"{name} have shape {tuple(rows.shape)}; expected ({'batch' if batch is None else batch}, {dim})"
             )
-        if not rows.isfinite().all():
+        if not math.isfinite(rows.detach().sum()):  # which it is if all are
             raise ValueError(
                 f"{name} are not finite in {int((~rows.isfinite()).any(dim=-1).sum())} of {len(rows)} rows"
             )

@@ -88,7 +88,7 @@ class Task:
             return base + self.bonus
         if terminated is None:
             terminated = self.termination(states, actions, next_states)
-        return base + self.bonus * (~terminated).to(base.dtype)
+        return torch.where(terminated, base, base + self.bonus)
 
 
 def task(env_name: str) -> Task:
@@ -184,7 +184,7 @@ def _forward_reward(
         after: the weight of the velocity after the step; the velocity before it has the rest. One half is the
             trapezoid rule.
     """
-    speed = (1 - after) * states[..., velocity] + after * next_states[..., velocity]
+    speed = torch.lerp(states[..., velocity], next_states[..., velocity], after)
     return speed - control_cost * _squared(actions)
 
 

@@ -195,6 +195,36 @@ def test_members_that_there_are_not_cannot_be_selected(ensemble_of, indices):
         ensemble.select(indices)
 
 
+def test_draws_are_those_of_the_member_named_for_each_row(constant_member):
+    pairs = ([0.0, 5.0], [1.0, 4.0]), ([10.0, 0.0], [0.01, 1.0])
+    ensemble = DynamicsEnsemble.from_members([constant_member(ProbabilisticModel, *pair) for pair in pairs])
+    members = torch.arange(40_000) % 2
+
+    drawn = ensemble.draw_members(np.zeros((40_000, 2)), np.zeros((40_000, 1)), members, torch.Generator())
+
+    for member, (mean, variance) in enumerate(pairs):
+        own = drawn[members == member]
+        assert own.mean(dim=0).tolist() == pytest.approx(mean, abs=0.08)
+        assert own.var(dim=0).tolist() == pytest.approx(variance, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("batch", [0, 1, 6, 7, 20, 100])
+def test_deals_are_what_grouping_their_members_gives(counting_ensemble, batch, size):
+    ensemble, generator = counting_ensemble(size), torch.Generator().manual_seed(0)
+    rows, place = ensemble.deal(batch, generator)
+
+    assert rows.shape == (size, -(-batch // size)) and place.shape == (batch,)
+    assert torch.equal(rows.flatten()[place], torch.arange(batch)), "each row is where it is said to be"
+    members = place // max(rows.shape[1], 1)
+    counts = torch.bincount(members, minlength=size)
+    assert counts.max() - counts.min() <= 1
+    zeros = torch.zeros(batch, 2), torch.zeros(batch, 1)
+    for dealt in ((rows, place), members, members.numpy()):
+        mean, _ = ensemble.predict_members(*zeros, dealt)
+        assert mean[:, 0].tolist() == (members + 1).tolist()
+
+
 @pytest.mark.parametrize(("particles", "size"), [(6, 3), (7, 3), (2, 5), (1, 1), (20, 7)])
 def test_particles_are_dealt_evenly_at_every_start_and_at_random(counting_ensemble, particles, size):
     ensemble, generator = counting_ensemble(size), torch.Generator().manual_seed(0)
