@@ -465,11 +465,11 @@ class VectorModelEnv(VectorEnv):
         with torch.no_grad():
             step = self.core.step(self._state, actions, self._generator)
         self._state, self._steps = step.state, self._steps + 1
-        of_step = {"raw_reward": step.raw_reward.double(), "halted": step.halted, "escaped": step.escaped}
+        of_step = {"raw_reward": step.raw_reward, "halted": step.halted, "escaped": step.escaped}
         if step.uncertainty is not None:
-            of_step["uncertainty"] = step.uncertainty.double()
-        of_step = {name: values.numpy(force=True) for name, values in of_step.items()}
-        rewards, terminated = (part.numpy(force=True) for part in (step.reward.double(), step.terminated))
+            of_step["uncertainty"] = step.uncertainty
+        of_step = {name: _array(values) for name, values in of_step.items()}
+        rewards, terminated = _array(step.reward), _array(step.terminated)
         truncated = self._steps >= (np.inf if self.horizon is None else self.horizon)
         if self.core.pessimism is not None and self.core.pessimism.on_halt == "truncate":
             truncated = truncated | of_step["halted"]
@@ -508,15 +508,22 @@ class VectorModelEnv(VectorEnv):
         self._steps, self._ended = np.where(mask, 0, self._steps), self._ended & ~mask
 
     def _observations(self) -> np.ndarray:
-        return self._state.states.numpy(force=True).copy()
+        return self._state.states.cpu().numpy().copy()
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """Returns NumPy's booleans or, as Gymnasium has rewards, float64."""
+    array = values.cpu().numpy()
+    return array if array.dtype == bool else array.astype(np.float64)
 
 
 def _masked(values: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     """Returns infos of the environments of the mask, as Gymnasium has them: ``name`` and ``_name``."""
     if not mask.any():
         return {}
-    infos = {name: np.where(mask, value, value.dtype.type(0)) for name, value in values.items()}
-    return infos | {f"_{name}": mask.copy() for name in values}
+    if not mask.all():
+        values = {name: np.where(mask, value, value.dtype.type(0)) for name, value in values.items()}
+    return values | {f"_{name}": mask.copy() for name in values}
 
 
 class SingleModelEnv(Env):
