@@ -84,7 +84,13 @@ def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
     from evaluation.tables import cross_dataset_table
 
     facts = EvaluationFacts.of(
-        model, selection, findings, has_training_rows=training is not None, seed=args.seed, command=command
+        model,
+        selection,
+        findings,
+        known_rows=select.count_known_rows(selection, training),
+        has_training_rows=training is not None,
+        seed=args.seed,
+        command=command,
     )
     if not args.quiet:
         for finding in findings:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.episodes import Starts, are_jumps, large_changes, usual_change
-from data.splits import count_distinct, find_copies
+from data.splits import count_distinct, find_copies, row_keys
 from data.trajectories import Dataset, Finding, Trajectory
 
 SAMPLED = 10_000  # transitions
@@ -138,10 +138,9 @@ class _Scan:
     @classmethod
     def of(cls, dataset: Dataset, sample: _Sample) -> _Scan:
         usual = usual_change(sample.changes)
-        factors = np.random.default_rng(0).integers(2**63, size=dataset.state_dim + dataset.action_dim, dtype=np.uint64)
         keys, large, sizes, reached, empty, before = [], [], [], [], [], 0
         for states, actions, next_states in _gather(dataset):
-            keys.append(_row_keys(states, actions, 2 * factors + 1))
+            keys.append(row_keys(states, actions))
             found, size = large_changes(next_states - states, usual)
             large.append(before + found)
             sizes.append(size)
@@ -164,15 +163,6 @@ class _Scan:
         steps = shown - np.concatenate(([0], self.ends))[of]
         more = f" and {len(transitions) - 3:,} more" if len(transitions) > 3 else ""
         return ", ".join(f"trajectory {index} step {step}" for index, step in zip(of, steps, strict=True)) + more
-
-
-def _row_keys(states: np.ndarray, actions: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Returns a sum of factors, each times a number's bits in float32: 64 bits, ``(rows,)``."""
-    keys = np.zeros(len(states), np.uint64)
-    columns = [part.astype(np.float32, copy=False).view(np.uint32) for part in (states, actions)]
-    for column, factor in zip([row for part in columns for row in part.T], factors, strict=True):
-        keys += column * factor
-    return keys
 
 
 # --- Rows ---

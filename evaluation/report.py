@@ -28,7 +28,7 @@ _PARTS = {
     "train": "training trajectories: the scores say how well the model fits what it has seen, not how well it predicts",
     "other holdout": "the dataset that was held out for selection: its error chose the members' weights and elites, so "
     "these scores flatter the model",
-    "unseen": "a dataset other than the one the model was trained on: no trajectory of it trained the model or "
+    "unseen": "a dataset other than the one the model was trained on: no whole trajectory of it trained the model or "
     "selected anything",
 }
 
@@ -84,11 +84,22 @@ class EvaluationFacts:
         selection: Selection,
         findings: Sequence[Finding],
         *,
+        known_rows: int,
         has_training_rows: bool,
         seed: int,
         command: str,
     ) -> EvaluationFacts:
-        """Gathers the facts of an evaluation; the arguments are what it was made with."""
+        """Gathers the facts of an evaluation.
+
+        Args:
+            model: What was evaluated.
+            selection: On what.
+            findings: What was found about that dataset.
+            known_rows: How many of its rows equal training rows, though their trajectories do not.
+            has_training_rows: Whether the training rows were here.
+            seed: Seed of folds, start points and sampling.
+            command: What made the report.
+        """
         dataset = selection.dataset
         trained_on = model.metadata["dataset"]["name"]
         notes = [f"Evaluated on {_PARTS[selection.part]}."]
@@ -101,6 +112,12 @@ class EvaluationFacts:
                 else "were left out (--keep_copies counts them)."
             )
             notes.append(f"{selection.copies} of {of} trajectories equal some that {known} and {fate}")
+        rows = sum(dataset.trajectories[index].num_transitions for index in selection.indices)
+        if known_rows:
+            notes.append(
+                f"{known_rows} of {rows} rows equal training rows, in trajectories that are cut or ordered otherwise: "
+                "these scores flatter the model."
+            )
         if selection.part == "unseen" and "fingerprints" not in model.metadata["dataset"]:
             notes.append("The model is of an older version: copies of its training trajectories cannot be told here.")
         if not all(dataset.trajectories[index].in_order for index in selection.indices):
@@ -130,7 +147,7 @@ class EvaluationFacts:
             environment=dataset.env_name,
             sha256=dataset.sha256,
             part=selection.part,
-            rows=sum(dataset.trajectories[index].num_transitions for index in selection.indices),
+            rows=rows,
             trajectories=len(selection.indices),
             notes=notes,
             seed=seed,

@@ -12,7 +12,7 @@ import numpy as np
 
 import dynamics_model
 from data.sources import load_datasets
-from data.splits import Division, Split, unlike
+from data.splits import Division, Split, row_keys, unlike
 from data.trajectories import Dataset, Transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation.predictions import Rows, gather_rows
@@ -140,6 +140,18 @@ def find_training_rows(model: Model, dataset: Dataset, quiet: bool) -> Transitio
     if dataset.sha256 != model.metadata["dataset"]["sha256"]:
         return None
     return model.division(dataset).training()
+
+
+def count_known_rows(selection: Selection, training: Transitions | None) -> int:
+    """Returns how many rows of an unseen dataset equal training rows, as far as these are here.
+
+    Whole copies of trajectories are known without; these rows are in others, cut or ordered differently.
+    """
+    if training is None or selection.part != "unseen" or selection.keeps_copies:
+        return 0
+    rows = gather_rows(selection.dataset, selection.indices)
+    known = row_keys(training.states, training.actions)
+    return int(np.isin(row_keys(rows.states, rows.actions), known).sum())
 
 
 # --- Selecting ---

@@ -15,6 +15,7 @@ from data.splits import (
     divide,
     find_copies,
     fingerprints,
+    row_keys,
     split_trajectories,
     take_pieces,
     unlike,
@@ -186,6 +187,17 @@ def test_fingerprints_know_trajectories_again(walks):
     assert all(re.fullmatch("[0-9a-f]{12}", digest) for digest in known)
     assert unlike([*walks(5, seed=1).trajectories, *data.trajectories], known[:1]).tolist() == [0, 2]
     assert unlike([], known).tolist() == []
+
+
+def test_equal_rows_have_equal_keys(walks):
+    (walk,) = walks(2000).trajectories
+    states, actions = walk.observations.copy(), walk.actions.copy()
+    states[7], actions[7] = states[3], actions[3]
+    states[8] = states[3]
+    keys = row_keys(states, actions)
+    assert len(np.unique(keys)) == 1999
+    assert keys[7] == keys[3] != keys[8]
+    np.testing.assert_array_equal(row_keys(states[3:4].astype(np.float64), actions[3:4]), keys[3:4])
 
 
 # --- Blocks ---

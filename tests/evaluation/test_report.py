@@ -29,13 +29,16 @@ FOUND = Finding("jumps", 4, "trajectory 0 step 2", "they dominate", "remove them
 def facts_of(knowing_ensemble, walks):
     """Returns a function that gathers the facts of evaluating a model on some of three trajectories."""
 
-    def gather(*indices, part="test", available=None, has_training_rows=True, findings=(), dataset=None, **more):
+    def gather(
+        *indices, part="test", available=None, has_training_rows=True, findings=(), dataset=None, known_rows=0, **more
+    ):
         trained_on = {"name": "d", "fingerprints": {}, "findings": [dataclasses.asdict(FOUND)]}
         metadata = {"kind": "of its own", "config": {"seed": 3}, "dataset": trained_on}
         model = Model(None, "m", knowing_ensemble(), metadata)
         available = len(indices) if available is None else available
         selection = Selection(dataset or walks(2, 3, 4), np.array(indices), part, available, **more)
         options = {"has_training_rows": has_training_rows, "seed": 0, "command": "python evaluate_model.py"}
+        options["known_rows"] = known_rows
         return EvaluationFacts.of(model, selection, findings, **options)
 
     return gather
@@ -61,6 +64,7 @@ def test_facts_tell_of_copies_and_of_rows_in_no_order(facts_of, walks):
     left_out, kept = facts_of(0, 1, part="unseen", copies=1), facts_of(0, 1, part="unseen", copies=1, keeps_copies=True)
     assert left_out.notes[1].startswith("1 of 3 trajectories equal some that trained the model or selected its weights")
     assert kept.notes[1].startswith("1 of 2 trajectories equal") and "counted all the same" in kept.notes[1]
+    assert facts_of(0, 1, part="unseen", known_rows=4).notes[1].startswith("4 of 5 rows equal training rows")
     mixed = walks(2, 3)
     mixed.trajectories[1] = dataclasses.replace(mixed.trajectories[1], in_order=False)
     assert facts_of(0, 1, dataset=mixed).notes[1].endswith("rollouts of more than one step are refused.")

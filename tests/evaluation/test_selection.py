@@ -13,6 +13,7 @@ from evaluation.selection import (
     Model,
     check_fit,
     choose_part,
+    count_known_rows,
     draw_trajectories,
     find_training_rows,
     load_models,
@@ -120,6 +121,19 @@ def test_copies_of_what_the_model_knows_are_left_out_wherever_they_are(walks):
     copies = Dataset("copies", None, "1" * 64, walks(5, 3).trajectories)
     with pytest.raises(InputError, match=r"every trajectory of 'copies' equals one that trained m .*--keep_copies"):
         select_trajectories(model, copies, max_rows=100, seed=0)
+
+
+def test_rows_of_training_trajectories_are_counted_in_others(walks):
+    data = walks(5, 8, start=np.array([3.0, 30.0]))
+    model = model_of(data, train=[0], test=[1])
+    other = Dataset("other", None, "1" * 64, walks(4, 6).trajectories)  # from 0 on; training rows are 3 to 7
+    selection = select_trajectories(model, other, max_rows=100, seed=0)
+    training = find_training_rows(model, data, quiet=True)
+    assert count_known_rows(selection, training) == 1 + 3
+    assert count_known_rows(selection, None) == 0
+    assert count_known_rows(select_trajectories(model, data, 100, seed=0), training) == 0, (
+        "the test's own, shared or not"
+    )
 
 
 def test_of_the_own_dataset_only_copies_across_sides_are_left_out(walks):
