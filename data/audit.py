@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.episodes import Starts, are_jumps, large_changes, usual_change
+from data.episodes import Starts, are_jumps, large_change, large_changes
 from data.splits import count_distinct, find_copies, row_keys
 from data.trajectories import Dataset, Finding, Trajectory
 
 SAMPLED = 10_000  # transitions
 GATHERED = 8_192  # transitions that are looked at together
+KEY_DIMENSIONS = 3  # that tell one state from another, in most data
 FEW = 0.05  # of the transitions: a dimension that moves in fewer is looked at in all of them
 UNRESOLVED = 16  # float32's steps that a dimension should move by
 UNORDERED = 0.8  # of the distance between any two rows: how far apart neighbours without order are
@@ -33,7 +34,7 @@ def audit(dataset: Dataset) -> list[Finding]:
     return [
         *dataset.findings,
         *_find_copies(dataset, original),
-        *_find_repeats(scan),
+        *_find_repeats(scan, dataset),
         *_find_jumps(scan, dataset, sample),
         *_find_empty_rows(scan),
         *_find_constants(dataset, sample),
@@ -121,7 +122,7 @@ class _Scan:
 
     Attributes:
         ends: How many transitions there are up to the end of each trajectory, ``(trajectories,)``.
-        keys: A number for each transition that equal states and actions give alike, ``(N,)``.
+        may_repeat: Whether some state is there twice, by the dimensions that vary most.
         large: Transitions with large changes, as ``large_changes`` finds them.
         sizes: How large these are.
         reached: The states that they lead to, ``(large, D)``.
@@ -129,7 +130,7 @@ class _Scan:
     """
 
     ends: np.ndarray
-    keys: np.ndarray
+    may_repeat: bool
     large: np.ndarray
     sizes: np.ndarray
     reached: np.ndarray
@@ -137,11 +138,13 @@ class _Scan:
 
     @classmethod
     def of(cls, dataset: Dataset, sample: _Sample) -> _Scan:
-        usual = usual_change(sample.changes)
+        dtype = dataset.trajectories[0].observations.dtype
+        limit = np.tile(large_change(sample.changes).astype(dtype), (2 * GATHERED, 1))  # rows like rows compare faster
+        varied = np.argsort([-len(np.unique(column)) for column in sample.states.T])[:KEY_DIMENSIONS]
         keys, large, sizes, reached, empty, before = [], [], [], [], [], 0
         for states, actions, next_states in _gather(dataset):
-            keys.append(row_keys(states, actions))
-            found, size = large_changes(next_states - states, usual)
+            keys.append(row_keys(states[:, varied], actions[:, :0]))
+            found, size = large_changes(next_states - states, limit[: len(states)])
             large.append(before + found)
             sizes.append(size)
             reached.append(next_states[found])
@@ -149,8 +152,15 @@ class _Scan:
             is_empty = ~(states[zero].any(axis=1) | actions[zero].any(axis=1) | next_states[zero].any(axis=1))
             empty.append(before + zero[is_empty])
             before += len(states)
+        ordered = np.sort(np.concatenate(keys))
         ends = np.cumsum([trajectory.num_transitions for trajectory in dataset.trajectories])
-        return cls(ends, *map(np.concatenate, (keys, large, sizes, reached, empty)))
+        may_repeat = bool((ordered[1:] == ordered[:-1]).any())
+        return cls(ends, may_repeat, *map(np.concatenate, (large, sizes, reached, empty)))
+
+    @property
+    def count(self) -> int:
+        """How many transitions there are."""
+        return int(self.ends[-1])
 
     def trajectories(self, transitions: np.ndarray) -> np.ndarray:
         """Returns which trajectories transitions are of."""
@@ -187,17 +197,17 @@ def _find_copies(dataset: Dataset, original: np.ndarray) -> list[Finding]:
     return [found]
 
 
-def _find_repeats(scan: _Scan) -> list[Finding]:
+def _find_repeats(scan: _Scan, dataset: Dataset) -> list[Finding]:
     """Counts transitions whose state and action their trajectory had before."""
-    ordered = np.sort(scan.keys)
-    if not (ordered[1:] == ordered[:-1]).any():
+    if not scan.may_repeat:
         return []
-    of = scan.trajectories(np.arange(len(scan.keys)))
-    order = np.lexsort((scan.keys, of))
-    again = order[1:][(scan.keys[order[1:]] == scan.keys[order[:-1]]) & (of[order[1:]] == of[order[:-1]])]
+    keys = np.concatenate([row_keys(states, actions) for states, actions, _ in _gather(dataset)])
+    of = scan.trajectories(np.arange(scan.count))
+    order = np.lexsort((keys, of))
+    again = order[1:][(keys[order[1:]] == keys[order[:-1]]) & (of[order[1:]] == of[order[:-1]])]
     if not again.size:
         return []
-    share = len(again) / len(scan.keys)
+    share = len(again) / scan.count
     found = Finding(
         name="repeated transitions",
         count=len(again),
@@ -211,7 +221,7 @@ def _find_repeats(scan: _Scan) -> list[Finding]:
 
 
 def _find_jumps(scan: _Scan, dataset: Dataset, sample: _Sample) -> list[Finding]:
-    is_jump = are_jumps(scan.sizes, len(scan.keys))
+    is_jump = are_jumps(scan.sizes, scan.count)
     jumps = scan.large[is_jump]
     if not jumps.size:
         return []

@@ -351,21 +351,26 @@ def find_jumps(changes: np.ndarray) -> np.ndarray:
     """Returns the rows of ``(N, D)`` changes that are far outside all others."""
     if not len(changes):
         return np.empty(0, np.int64)
-    rows, sizes = large_changes(changes, usual_change(changes[:: max(1, len(changes) // SAMPLED_ROWS)]))
+    rows, sizes = large_changes(changes, large_change(changes[:: max(1, len(changes) // SAMPLED_ROWS)]))
     return rows[are_jumps(sizes, len(changes))]
 
 
-def usual_change(changes: np.ndarray) -> np.ndarray:
-    """Returns what nine out of ten changes ``(rows, D)`` stay below, by dimension; infinite where they are 0."""
+def large_change(changes: np.ndarray) -> np.ndarray:
+    """Returns ``LARGE`` times what nine out of ten changes ``(rows, D)`` stay below, by dimension; infinite for 0."""
     usual = np.quantile(np.abs(changes), 0.9, axis=0)
-    return np.where(usual > 0, usual, np.inf)
+    return np.where(usual > 0, LARGE * usual, np.inf)
 
 
-def large_changes(changes: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows that change by more than ``LARGE`` times the usual in a dimension, and by how many times."""
-    is_large = np.abs(changes) > (LARGE * usual).astype(changes.dtype)
-    rows = np.unique(np.flatnonzero(is_large.reshape(-1)) // changes.shape[1])
-    return rows, np.max(np.abs(changes[rows]) / usual, axis=1)
+def large_changes(changes: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows that change by more than ``large_change`` in a dimension, and by how many times the usual.
+
+    Args:
+        changes: ``(rows, D)``.
+        limit: As ``large_change`` gives it, ``(D,)``, or the same for each row.
+    """
+    size = np.abs(changes)
+    rows = np.unique(np.flatnonzero((size > limit).reshape(-1)) // size.shape[1])
+    return rows, LARGE * np.max(size[rows] / np.broadcast_to(limit, size.shape)[rows], axis=1)
 
 
 def are_jumps(sizes: np.ndarray, count: int) -> np.ndarray:
