@@ -49,16 +49,15 @@ ROWS_AT_ONCE = 10_000  # of a dataset whose disagreement is measured
 class MOReL:
     """Halts where members disagree: MOReL (Kidambi et al. 2020, eq. 3 and the pessimistic MDP of section 4).
 
-    The paper moves an unknown state and action to an absorbing state that pays the halt reward for ever. Here it is
-    paid once and the episode ends: a return then has the same order if the halt reward is as low as the lowest return
-    that could have followed.
+    In the paper an unknown state and action lead to an absorbing state that pays the halt reward for ever. Here it is
+    paid once and the episode ends, so it must make up for all that could have followed.
 
     Attributes:
         threshold: The largest disagreement that counts as known, raw units; see ``disagreement_threshold``.
         halt_reward: Paid instead of the step's reward; the paper's is below the lowest reward of the data.
-        on_halt: How the episode ends. Learners value what follows a truncated state, and nothing after a terminated
-            one, so only the latter makes them keep away from what the ensemble does not know.
-        kind: What is measured: the paper's is the largest distance between two members' means.
+        on_halt: How the episode ends. Learners still value what would follow a truncated state, but nothing after a
+            terminated one: only the latter teaches them to keep away.
+        kind: What is measured; the paper's is the default.
     """
 
     threshold: float
@@ -80,12 +79,12 @@ class MOReL:
 class MOPO:
     """Pays less where the ensemble is unsure, ``reward - coef * uncertainty``: MOPO (Yu et al. 2020, section 4.3).
 
-    As in the paper's published code, the uncertainty is the largest norm of a member's standard deviations. Here the
-    members that are asked are those that predict; the code asks all members, and predicts with its elites.
+    As in the paper's published code, the uncertainty is the largest norm of a member's standard deviations; that code
+    asks all members, though it predicts with its elites, and here those are asked that predict.
 
     Attributes:
         coef: The paper's lambda, in rewards per unit of uncertainty.
-        kind: What is measured.
+        kind: What is measured; the paper's is the default.
     """
 
     coef: float
@@ -225,6 +224,7 @@ class ModelEnv:
         self.pessimism = pessimism
         _check_pessimism(self.ensemble, pessimism)
         self.generator = random_stream(ensemble.seed, 0, "propagation") if generator is None else generator
+        self.state_bounds = self.action_bounds = None
         data = ensemble.metadata.get("data")
         if isinstance(state_bounds, str):
             if state_bounds != "data" or data is None:
@@ -232,17 +232,13 @@ class ModelEnv:
                 raise ValueError(f"{found} the range of its data; give state_bounds=(low, high), or None for no bounds")
             low, high = (torch.tensor(data["states"][end]) for end in ("low", "high"))
             state_bounds = low - (high - low) / 2, high + (high - low) / 2
-        action_bounds = None
+        if state_bounds is not None:
+            self.state_bounds = tuple(as_tensor(end, self._device) for end in state_bounds)
         if self.task is not None:
-            action_bounds = [sign * self.task.action_bound * torch.ones(ensemble.action_dim) for sign in (-1, 1)]
+            bound = torch.full((ensemble.action_dim,), float(self.task.action_bound), device=self._device)
+            self.action_bounds = -bound, bound
         elif data is not None:
-            action_bounds = data["actions"]["low"], data["actions"]["high"]
-        self.state_bounds, self.action_bounds = (
-            None
-            if pair is None
-            else tuple(torch.as_tensor(end, dtype=torch.float32, device=ensemble.device) for end in pair)
-            for pair in (state_bounds, action_bounds)
-        )
+            self.action_bounds = tuple(as_tensor(data["actions"][end], self._device) for end in ("low", "high"))
 
     def __repr__(self) -> str:
         rewards = f"rewards {self.reward_source} ({self.reward_reason})"
@@ -320,15 +316,12 @@ class ModelEnv:
 
     def rows(self, values: Array, dim: int, name: str, batch: int | None = None) -> Tensor:
         """Brings ``(batch, dim)`` to the device; a ValueError if the shape is another or an entry not finite."""
-        rows = as_tensor(values, self._device)
-        if rows.ndim != 2 or rows.shape != (len(rows) if batch is None else batch, dim):
-            raise ValueError(
-                f"{name} have shape {tuple(rows.shape)}; expected ({'batch' if batch is None else batch}, {dim})"
-            )
-        if not math.isfinite(rows.detach().sum()):  # which it is if all are
-            raise ValueError(
-                f"{name} are not finite in {int((~rows.isfinite()).any(dim=-1).sum())} of {len(rows)} rows"
-            )
+        rows, batch = as_tensor(values, self._device), "batch" if batch is None else batch
+        if rows.ndim != 2 or rows.shape[1] != dim or batch not in ("batch", len(rows)):
+            raise ValueError(f"{name} have shape {tuple(rows.shape)}; expected ({batch}, {dim})")
+        # The sum is finite if all entries are, and quickly found.
+        if not math.isfinite(rows.detach().sum()) and (bad := int((~rows.isfinite()).any(dim=1).sum())):
+            raise ValueError(f"{name} are not finite in {bad} of {len(rows)} rows")
         return rows
 
 
@@ -453,6 +446,8 @@ class VectorModelEnv(VectorEnv):
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}; expected bool ({self.num_envs},)")
+        if mask.all():
+            self._state = None  # which deals members anew
         self._start(mask)
         return self._observations(), {}
 
@@ -494,17 +489,18 @@ class VectorModelEnv(VectorEnv):
 
     def _start(self, mask: np.ndarray) -> None:
         """Places environments in states drawn from the initial ones."""
+        if self._state is None:
+            mask = np.ones_like(mask)
         rows = torch.from_numpy(np.flatnonzero(mask)).to(self.initial_states.device)
         drawn = torch.randint(len(self.initial_states), (len(rows),), generator=self._generator)
         starts = self.initial_states[drawn.to(rows.device)]
-        if len(rows) == self.num_envs:
+        if self._state is None:
             self._state = self.core.start(starts, self._generator)
         else:
             states, members = self._state
-            states = states.index_copy(0, rows, starts)
             if members is not None and self.num_envs < len(self.core.ensemble):
                 members = members.index_copy(0, rows, self.core.deal(len(rows), self._generator))
-            self._state = ModelState(states, members)
+            self._state = ModelState(states.index_copy(0, rows, starts), members)
         self._steps, self._ended = np.where(mask, 0, self._steps), self._ended & ~mask
 
     def _observations(self) -> np.ndarray:

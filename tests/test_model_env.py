@@ -604,6 +604,21 @@ def test_an_environment_that_starts_again_keeps_its_member_if_there_are_enough_f
         met.append((env.step(np.zeros((num_envs, 1)))[0] - before)[:, 0])
     assert (len({first for first, *_ in met}) == 1) == kept
     assert (np.array(met)[:, 1:] == met[0][1:]).all(), "the others go on with theirs"
+    dealt_anew = members_met(env, 30)
+    assert [len(set(of_one)) for of_one in dealt_anew.T.tolist()] == [3] * num_envs
+
+
+def test_members_stay_where_all_environments_start_again_at_once(changes_by):
+    ensemble = changes_by(*([float(member), 0.0] for member in range(3)))
+    env = VectorModelEnv(ModelEnv(ensemble, own_task(), propagation="tsinf"), 3, horizon=1, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    met = [np.stack(env.step(np.zeros((3, 1)))[-1]["final_obs"].tolist())[:, 0] for _ in range(20)]
+    assert (np.array(met) == met[0]).all() and sorted(met[0]) == [0, 1, 2]
+
+
+def test_a_mask_before_anything_has_started_starts_all(hopper):
+    observations, _ = VectorModelEnv(ModelEnv(hopper()), 2).reset(options={"reset_mask": np.array([True, False])})
+    assert (observations[:, 0] > 1).all()
 
 
 def test_starts_are_drawn_from_the_initial_states(hopper):
