@@ -19,7 +19,7 @@ from data.splits import count_distinct, find_copies, row_keys
 from data.trajectories import Dataset, Finding, Trajectory
 
 SAMPLED = 10_000  # transitions
-GATHERED = 8_192  # transitions that are looked at together
+GATHERED = 16_384  # transitions that are looked at together
 KEY_DIMENSIONS = 3  # that tell one state from another, in most data
 FEW = 0.05  # of the transitions: a dimension that moves in fewer is looked at in all of them
 UNRESOLVED = 16  # float32's steps that a dimension should move by
@@ -62,9 +62,10 @@ def to_markdown(findings: Sequence[Finding]) -> str:
 
 def _columns(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns states, actions and next states of the transitions of a trajectory; nothing is copied."""
-    states, count = trajectory.observations, trajectory.num_transitions
-    following = states[1:] if trajectory.next_observations is None else trajectory.next_observations
-    return states[:count], trajectory.actions[:count], following
+    states, following = trajectory.observations, trajectory.next_observations
+    if following is None:
+        return states[:-1], trajectory.actions[:-1], states[1:]
+    return states, trajectory.actions, following
 
 
 def _gather(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -73,7 +74,8 @@ def _gather(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
     for trajectory in dataset.trajectories:
         columns = _columns(trajectory)
         for start in range(0, len(columns[0]), GATHERED):
-            piece = [column[start : start + GATHERED] for column in columns]
+            whole = len(columns[0]) <= GATHERED
+            piece = columns if whole else [column[start : start + GATHERED] for column in columns]
             waiting.append(piece)
             rows += len(piece[0])
             if rows >= GATHERED:
@@ -105,8 +107,9 @@ class _Sample:
         stride = max(1, dataset.num_transitions // SAMPLED)
         taken, before = [], 0
         for trajectory in dataset.trajectories:
-            taken.append([column[-before % stride :: stride] for column in _columns(trajectory)])
-            before += trajectory.num_transitions
+            columns = _columns(trajectory)
+            taken.append([column[-before % stride :: stride] for column in columns])
+            before += len(columns[0])
         columns = (np.concatenate(parts).astype(np.float64) for parts in zip(*taken, strict=True))
         return cls(*columns, np.repeat(np.arange(len(taken)), [len(states) for states, _, _ in taken]))
 
