@@ -10,8 +10,6 @@ from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from reporting.style import png
 
 _TITLES = {
-    "mse_loss": "training loss (squared error)",
-    "gauss_loss": "training loss (Gaussian)",
     "train_mse": "training MSE",
     "val_mse": "validation MSE",
     "nll": "validation NLL (nats)",
@@ -32,7 +30,9 @@ def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
         ``figure_png``, now written.
     """
     table = pd.read_csv(metrics_csv)
-    names = [name for name in _TITLES if name in table and table[name].notna().any()]
+    losses = [name for name in table if name.endswith("_loss")]  # each kind of ensemble has its own
+    titles = {name: f"training loss ({name.removesuffix('_loss')})" for name in losses} | _TITLES
+    names = [name for name in titles if name in table and table[name].notna().any()]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")
@@ -41,7 +41,7 @@ def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
         for member, rows in table.dropna(subset=[name]).groupby("model_id"):
             marker = "." if len(rows) < 40 else None
             axes.plot(rows["step"] + 1, rows[name], marker=marker, lw=1, label=f"member {member}")
-        axes.set(xlabel="epoch", title=_TITLES[name])
+        axes.set(xlabel="epoch", title=titles[name])
         if (table[name].dropna() > 0).all():
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
