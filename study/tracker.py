@@ -10,15 +10,16 @@ from typing import Any
 
 from study.cells import Cell, Result
 from study.store import CellStore
-from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri, warn
+from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri
+from tracking.trackers import warn
 from utils import atomic_write
 
 
 def open_study(store: CellStore, command: str, params: dict[str, Any]) -> StudyTracker:
-    """Makes the folder of a study, known by its ``study.json``, and its run in MLflow; or goes on with both.
+    """Makes the folder of a study, with a ``study.json`` to recognise it by, and its run in MLflow; or continues both.
 
     Args:
-        store: Holds the cells of the study.
+        store: The cells of the study.
         command: Command line that the study was started with.
         params: What describes the study in MLflow.
     """
@@ -37,15 +38,15 @@ def study_command(folder: Path) -> str:
 
 
 class StudyTracker:
-    """Logs cells under the study's run. The first failure is said in a warning, and nothing is logged after it.
+    """Logs cells under the study's run. The first failure is reported by a warning, and nothing is logged after it.
 
     Args:
         name: Shown in the UI.
-        run_id: The run to go on with; None makes one.
+        run_id: The run to continue; None makes a new one.
         params: What describes the study.
 
     Attributes:
-        run_id: Of the study's run; None where MLflow cannot be had.
+        run_id: Id of the study's run; None where MLflow could not be reached.
     """
 
     def __init__(self, name: str, run_id: str | None, params: dict[str, Any]) -> None:

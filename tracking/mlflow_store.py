@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from tracking.trackers import warn  # noqa: F401  until study imports it from there
 from utils import InputError
 
 if TYPE_CHECKING:

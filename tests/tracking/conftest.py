@@ -81,14 +81,6 @@ def processes():
     return multiprocessing.get_context("forkserver")
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """An MLflow database with its tables, made once as that takes seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow_store.open_client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def store(empty_store, tmp_path, monkeypatch):
     """Works in an empty folder with an empty MLflow database; gives a client that looks into it."""
