@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from deterministic_model import DeterministicModel
+from dynamics_model import KINDS
 
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
-    *("dynamics_model", "deterministic_model", "probabilistic_model"),
+    *("dynamics_model", *(module for module, _ in KINDS.values())),
     *("mujoco_tasks", "model_env", "model_planning", "model_export"),
 }
 EXTRAS = {  # which files say what each brings
