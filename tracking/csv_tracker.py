@@ -18,13 +18,14 @@ from utils import InputError, atomic_write
 class CsvTracker(Tracker):
     """Writes one line per epoch and member, which is on disk before the next epoch begins.
 
-    A file that is already at the path is replaced at the first epoch; a run that ends before leaves it untouched. Rows
-    that cannot be written (the disk is full) are kept in memory and tried again with every epoch.
+    A file that is already at the path is replaced in the first epoch; a run that ends earlier leaves it untouched. Rows
+    that cannot be written (the disk is full) are kept in memory, and every epoch tries again.
 
     Args:
         path: The file; its folder is made.
         columns: The header. Every row has exactly these keys.
-        resume_epoch: Continues the file of an interrupted run: epochs before this one are kept, later ones dropped.
+        resume_epoch: Continues the file of an interrupted run from this epoch on: earlier rows are kept, later ones
+            dropped. None starts a new file.
 
     Attributes:
         kept_rows: The rows kept from the interrupted run, in order.
@@ -52,11 +53,11 @@ class CsvTracker(Tracker):
         self._write()
 
     def finish(self, summary: Summary, artifacts: list[Path]) -> None:
-        """Writes what is left: the file may be among the artifacts, and MLflow then takes a copy of it."""
+        """Writes the rows that are left: the file may be among the artifacts, of which MLflow takes copies."""
         self._write()
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
-        """Tries once more to write what is left; raises an OSError if that fails after a training that succeeded."""
+        """Tries once more to write rows that are left; an OSError if that fails after a training that succeeded."""
         if self._error is not None:
             self._write()
         if self._error is not None and not failed:
@@ -74,7 +75,7 @@ class CsvTracker(Tracker):
             raise InputError(f"the CSV {str(self._path)!r} cannot be written ({reason}); choose another path") from None
 
     def _read_epochs(self, count: int) -> list[Row]:
-        """Returns the rows of the file's first ``count`` epochs, less a last line that was cut short by a kill."""
+        """Returns the rows of the file's first ``count`` epochs, without a last line that a kill has cut short."""
         try:
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:

@@ -18,7 +18,7 @@ from dynamics_model import KINDS, DynamicsEnsemble, load_ensemble
 
 
 class EnsemblePredictor:
-    """What ``mlflow.pyfunc.load_model`` wraps: predicts the next state with all members together."""
+    """The object that ``mlflow.pyfunc.load_model`` wraps: predicts the next state with all members together."""
 
     def __init__(self, ensemble: DynamicsEnsemble) -> None:
         self.ensemble = ensemble
@@ -41,7 +41,7 @@ class EnsemblePredictor:
 
 
 def _load_pyfunc(path: str) -> EnsemblePredictor:
-    """Is the name that MLflow calls with the path of the logged ``model.pkl``."""
+    """Loads a logged ``model.pkl``; MLflow calls a function of this name with the path."""
     return EnsemblePredictor(load_ensemble(path))
 
 

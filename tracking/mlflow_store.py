@@ -43,7 +43,7 @@ def tracking_uri() -> str:
 
 @contextlib.contextmanager
 def lock_store(uri: str) -> Iterator[None]:
-    """Lets one process at a time open a SQLite store: two that create its tables at the same time crash."""
+    """Lets only one process at a time open a SQLite store: two that create its tables at the same time crash."""
     if not uri.startswith("sqlite:///"):
         yield
         return

@@ -71,7 +71,7 @@ class MlflowTracker(Tracker):
         run_name: Shown in the UI.
         params: The effective configuration.
         tags: What else to find the run by in the UI, such as the kind of ensemble.
-        dataset: What the ensemble is trained on.
+        dataset: The dataset that the ensemble is trained on.
         ensemble_size: Number of members.
         experiment: The MLflow experiment that holds the runs.
         resume_run_id: The ensemble's run of an interrupted training, which is continued.
@@ -114,7 +114,7 @@ class MlflowTracker(Tracker):
         self._client: MlflowClient | None = None
         # By run: None is the ensemble's, a number is the member's.
         self._run_ids: dict[int | None, str] = {}  # empty until all runs are open
-        self._last_steps: dict[int | None, dict[str, int]] = {}  # of each metric, when the run was opened
+        self._last_steps: dict[int | None, dict[str, int]] = {}  # by metric, as the run had it when it was opened
         self._unsent: dict[int | None, list[tuple[str, float, int, int]]] = defaultdict(list)
         self._elites: list[int] | None = None
         self._artifacts: list[Path] = []
@@ -179,11 +179,11 @@ class MlflowTracker(Tracker):
     def _add(self, member: int | None, name: str, value: float | None, step: int) -> None:
         """Queues a number for a run, the ensemble's where ``member`` is None."""
         if value is not None:
-            # With its time: a number sent twice, because the first answer got lost, is then the same one to MLflow.
+            # A number may be sent twice because the first answer got lost. With its time, MLflow takes both for one.
             self._unsent[member].append((name, value, int(time.time() * 1000), step))
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Runs an action that needs the store. If it fails, a warning says so the first time, and the pause grows."""
+        """Runs an action that needs the store. The first failure gives a warning, and each one a longer pause."""
         start = time.monotonic()
         try:
             action()
@@ -196,10 +196,10 @@ class MlflowTracker(Tracker):
         else:
             self._pause = self._SECONDS_BETWEEN_SENDS
         end = time.monotonic()
-        self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store costs a twentieth of the time
+        self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes at most 5 % of the time
 
     def _send(self) -> None:
-        """Sends the queued numbers, less those that a continued run already has."""
+        """Sends the queued numbers, except those that a resumed run already has."""
         from mlflow.entities import Metric
 
         if not self._run_ids:
@@ -241,7 +241,7 @@ class MlflowTracker(Tracker):
                     client.finalize_logged_model(model_id, "FAILED")
 
     def _terminate(self, status: str) -> None:
-        """Ends the runs, the ensemble's last: when it has ended, so have its members'."""
+        """Ends the runs, the ensemble's last, so that all are ended when it is."""
         for run_id in reversed(self._run_ids.values()):
             self._client.set_terminated(run_id, status)
 
@@ -277,7 +277,7 @@ class MlflowTracker(Tracker):
             experiment_id = find_experiment(client, self._experiment)
             parent = client.create_run(experiment_id, tags=self._tags, run_name=self._run_name)
             self.run_id = parent.info.run_id
-        known = parent.data.params  # MLflow refuses changes, and a run resumed on another machine may have one
+        known = parent.data.params  # MLflow refuses to change them, and a run resumed elsewhere may try to
         client.log_batch(self.run_id, params=[Param(*item) for item in self._params.items() if item[0] not in known])
         dataset = Dataset(
             name=self._dataset.name,

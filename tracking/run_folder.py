@@ -60,7 +60,7 @@ class RunRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of them by name, those of the configuration among them."""
+        """Everything that was asked for, by name; the configuration's settings stand among the rest."""
         return {name: value for name, value in vars(self).items() if name != "config"} | self.config
 
 
@@ -82,7 +82,7 @@ class RunOrigin(Origin):
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run that succeeded has given.
+    """The results of a run that has succeeded.
 
     Attributes:
         output: Path of the trained model.
@@ -105,7 +105,7 @@ class RunRecord:
         csv: Path of its metrics; None for ``metrics.csv`` in its folder.
         findings: What was found about the dataset, each as a dictionary of plain values.
         mlflow_run_id: Id of the ensemble's MLflow run; None where no store has answered yet.
-        finished: What it gave; None until it has succeeded.
+        finished: Its results; None until it has succeeded.
     """
 
     request: RunRequest
@@ -189,8 +189,8 @@ class RunFolder:
             logs: Folder of all runs.
             name: Name of the run; None looks at all runs.
             request: What is asked for now.
-            defaults: Default of every setting of the configuration: the value of a setting that a run of an older
-                version does not have, since a new setting's default is what the program did before.
+            defaults: Default of every setting of the configuration. A run of an older version lacks the newer ones; it
+                counts as run with their defaults, since these are what the program did before.
 
         Returns:
             The run, whose ``record.request`` equals ``request``; None if there is none to resume.
@@ -234,7 +234,7 @@ class RunFolder:
         return self.path / "audit.md"
 
     def hold(self, config_yaml: str, audit_md: str) -> None:
-        """Takes the folder for this process until it ends, and writes its first files: these two and ``run.json``.
+        """Locks the folder for this process until it ends, and writes its first files: these two and ``run.json``.
 
         Raises:
             InputError: If another process trains this run, or the folder cannot be written.
@@ -256,7 +256,7 @@ class RunFolder:
             raise InputError(f"the run folder {self.path} cannot be written ({error.strerror}); free space") from None
 
     def update(self, **changes: Any) -> None:
-        """Changes fields of the record, and writes ``run.json``."""
+        """Changes fields of the record and writes it to ``run.json``."""
         self.record = dataclasses.replace(self.record, **changes)
         with atomic_write(self.path / "run.json", "w") as file:
             json.dump(self.record.to_dict(), file, indent=2)
@@ -372,7 +372,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _why_not(name: str, before: RunRequest, now: RunRequest) -> str:
-    """Says why a named run cannot be resumed: it asked for something else, or it has finished."""
+    """Returns the message why a named run cannot be resumed: it asked for something else, or it has finished."""
     for setting in sorted(before.settings | now.settings):
         old, new = (request.settings.get(setting, "unknown") for request in (before, now))
         if old != new:

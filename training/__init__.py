@@ -1,1 +1,1 @@
-"""Training: one loop, and what it steps with."""
+"""Training: the loop, and everything that a gradient step needs."""

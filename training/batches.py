@@ -1,4 +1,4 @@
-"""The rows that networks train on: normalised once, and in which order each member sees them."""
+"""Training data as networks see it: normalised rows, and the order in which each member goes through them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class NormalisedRows(NamedTuple):
     rewards: Tensor | None  # (rows, 1); None where no reward is learned
 
     def select(self, rows: Tensor) -> NormalisedRows:
-        """Gathers ``(ensemble, batch)`` row indices in one read: ``(ensemble, batch, ...)``."""
+        """Returns the rows at indices ``(ensemble, batch)``, gathered in one read: ``(ensemble, batch, ...)``."""
         flat = rows.reshape(-1)
         return NormalisedRows(*(part if part is None else part[flat].view(*rows.shape, -1) for part in self))
 
     def chunks(self, size: int) -> Iterator[NormalisedRows]:
-        """Yields every row once, ``size`` at a time, the last chunk holding what is left."""
+        """Yields all rows in chunks of ``size``; the last chunk may be shorter."""
         for start in range(0, len(self.inputs), size):
             yield NormalisedRows(*(part if part is None else part[start : start + size] for part in self))
 
 
 def normalise_rows(ensemble: DynamicsEnsemble, transitions: Transitions) -> NormalisedRows:
-    """Brings transitions to an ensemble's normalised units once, on its device, for training and scoring."""
+    """Converts transitions to an ensemble's normalised units, on its device; training and scoring share the result."""
     states, actions, next_states = transitions.states, transitions.actions, transitions.next_states
     learned = ensemble.learned.cpu().numpy()
     shift, scale = (getattr(ensemble, name).cpu().double().numpy()[learned] for name in ("delta_shift", "delta_scale"))
@@ -50,7 +50,7 @@ def normalise_rows(ensemble: DynamicsEnsemble, transitions: Transitions) -> Norm
 
 
 def _normalise_inputs(ensemble: DynamicsEnsemble, states: np.ndarray, actions: np.ndarray) -> Tensor:
-    """Normalises inputs, in float64 before anything is rounded where the states are float64."""
+    """Normalises inputs; where states are float64, in float64, so that only the result is rounded to float32."""
     if states.dtype == np.float32:
         return ensemble.normalise_inputs(*(torch.as_tensor(part, device=ensemble.device) for part in (states, actions)))
     shift, scale = (getattr(ensemble, name).cpu().double().numpy() for name in ("input_shift", "input_scale"))

@@ -1,4 +1,4 @@
-"""Each member's weights at its lowest validation error."""
+"""Best weights: those that each member had at its lowest validation error."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dynamics_model import DynamicsEnsemble
 
 
 class BestWeights:
-    """Each member's weights at its lowest validation error, and how long that has been.
+    """Keeps each member's weights from the epoch of its lowest validation error, and counts the epochs since then.
 
-    A member whose patience has ended keeps its best weights, whatever later epochs bring.
+    A member that has run out of patience keeps its best weights, however good later epochs are.
 
     Args:
-        ensemble: Whose weights are watched.
+        ensemble: The ensemble that is trained.
         patience: Epochs without improvement after which a member stops; None never stops one.
 
     Attributes:
         scores: Lowest validation error of each member, infinite before the first.
-        epochs_since_best: Epochs since then, per member.
+        epochs_since_best: Epochs since each member last improved.
     """
 
     def __init__(self, ensemble: DynamicsEnsemble, patience: int | None) -> None:
@@ -33,14 +33,14 @@ class BestWeights:
 
     @property
     def stopped(self) -> list[bool]:
-        """Whether each member's patience has ended."""
+        """Whether each member has run out of patience."""
         return [self.patience is not None and epochs >= self.patience for epochs in self.epochs_since_best]
 
     def update(self, ensemble: DynamicsEnsemble, scores: Sequence[float]) -> None:
-        """Keeps the weights of the members that have just improved.
+        """Takes over the weights of the members that have just improved.
 
         Args:
-            ensemble: Holds the weights that were scored.
+            ensemble: The weights that were scored.
             scores: Validation error of each member; a NaN is no improvement.
         """
         improved = [
@@ -69,11 +69,11 @@ class BestWeights:
                 parameter.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint needs to go on."""
+        """Returns the state for a checkpoint."""
         return {"scores": self.scores, "epochs_since_best": self.epochs_since_best, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores what ``state_dict`` returned."""
         self.scores, self.epochs_since_best = list(state["scores"]), list(state["epochs_since_best"])
         for kept, saved in zip(self._weights, state["weights"], strict=True):
             kept.copy_(saved)

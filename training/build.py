@@ -1,4 +1,4 @@
-"""From a configuration and training rows to an untrained ensemble."""
+"""Builds an untrained ensemble from a configuration and training rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def find_kind(config: LearnConfig) -> type[DynamicsModel]:
     """Returns the class of the members that a configuration asks for.
 
     Raises:
-        InputError: If there is no such kind, or a setting belongs to the loss of another one.
+        InputError: If there is no such kind, or a setting was changed that only another kind's loss takes.
     """
     kind = config.kind_of_ensemble
     if kind not in KINDS:
@@ -42,13 +42,13 @@ def find_kind(config: LearnConfig) -> type[DynamicsModel]:
 
 
 def loss_settings(ensemble_class: type[DynamicsEnsemble], config: LearnConfig) -> dict[str, Any]:
-    """Returns the settings that a kind's loss takes: its keyword-only arguments bear their names."""
+    """Returns the settings that a kind's loss takes, by name: those called like its keyword-only arguments."""
     parameters = inspect.signature(ensemble_class.losses).parameters.values()
     return {each.name: getattr(config, each.name) for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEnsemble:
-    """Builds the members, each from its own stream, with the normalisation of the training rows, and stacks them.
+    """Builds members, each from a random stream of its own, with the normalisation of the training rows; stacks them.
 
     Raises:
         InputError: If the kind is unknown, the ensemble is too large, or there is nothing to learn in the rows.
@@ -77,7 +77,7 @@ def build_ensemble(config: LearnConfig, transitions: Transitions) -> DynamicsEns
 
 
 def check_size(config: LearnConfig, architecture: Architecture, heads: int) -> None:
-    """Refuses an ensemble whose training cannot fit into this machine's memory, such as a typing error makes.
+    """Refuses an ensemble that is too large to train in this machine's memory, such as one with a mistyped size.
 
     Raises:
         InputError: If parameters, gradients, Adam's two moments, best weights and a checkpoint take more than there is.

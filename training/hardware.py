@@ -1,6 +1,7 @@
-"""What this machine multiplies fastest with: which library, how members are shared by threads, and rounded operands.
+"""How this machine multiplies matrices fastest: by which library, with which members per thread, with which precision.
 
-Nothing here changes what is learned beyond rounding. Models and planners do not need it; training passes it to them.
+What is learned depends on these choices only through rounding errors. They concern training alone: models and planners
+work without this module.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor
 from config import LearnConfig
 from dynamics_model import Linear, stacked_linear
 
-# oneDNN multiplies one member's matrices at a time, which pays where none of their sides is shorter than this.
+# oneDNN multiplies one member's matrices at a time. That pays only where no side of a matrix is shorter than this.
 _ONEDNN_SIDE = 160
-_CPU_PRECISION = getattr(torch.backends.mkldnn, "matmul", None)  # has the switch from PyTorch 2.9 on
+_CPU_PRECISION = getattr(torch.backends.mkldnn, "matmul", None)  # its precision can be set from PyTorch 2.9 on
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Multiplication:
 
     Attributes:
         linear: Multiplies inputs and weights of the members that take a step together.
-        members_apart_from: Multiply-adds of one member's forward pass from which on each thread steps members of its
-            own. Below, all members take each step together: Python runs one thread at a time, and calling PyTorch
-            takes longer than the products.
+        members_apart_from: From this size of a member's forward pass on, in multiply-adds, each thread trains members
+            of its own. Smaller members take every step together: Python runs one thread at a time, and for them its
+            calls of PyTorch take longer than the products.
     """
 
     linear: Linear
@@ -39,7 +40,7 @@ class Multiplication:
 
 
 def processor_says(word: str) -> bool:
-    """Whether a word, such as a maker or an instruction set, is in what the system says of the processor."""
+    """Whether the system's description of the processor has a word in it, such as a maker or an instruction set."""
     cpuinfo = Path("/proc/cpuinfo")
     return word in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
 
@@ -50,7 +51,7 @@ def has_onednn() -> bool:
 
 
 def choose_multiplication() -> Multiplication:
-    """Returns oneDNN's products on AMD's processors, where MKL's take twice the time, and PyTorch's own elsewhere."""
+    """Chooses oneDNN on AMD's processors, where PyTorch's own products (MKL) take twice the time, else PyTorch's."""
     if has_onednn() and processor_says("AMD"):
         return Multiplication(onednn_linear, members_apart_from=2e7)
     return Multiplication(stacked_linear, members_apart_from=8e7)
@@ -60,7 +61,7 @@ def choose_multiplication() -> Multiplication:
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Does what ``stacked_linear`` does, large products on CPUs by oneDNN; its first derivatives are known."""
+    """Returns what ``stacked_linear`` does, using oneDNN for large products on CPUs; differentiable once."""
     if (
         inputs.device.type == "cpu"
         and inputs.dtype == weight.dtype == torch.float32
@@ -101,7 +102,7 @@ class _OneDnnLinear(torch.autograd.Function):
 def can_round(is_cuda: bool) -> bool:
     """Whether products of rounded operands are faster here: bfloat16 with Intel's AMX, TF32 on GPUs from Ampere on.
 
-    AVX-512's instructions for bfloat16 gain nothing. The setting came with PyTorch 2.9.
+    AVX-512's instructions for bfloat16 gain nothing. PyTorch can be told to round from version 2.9 on.
     """
     if is_cuda:
         return hasattr(torch.backends.cuda.matmul, "fp32_precision") and torch.cuda.get_device_capability() >= (8, 0)
@@ -109,18 +110,18 @@ def can_round(is_cuda: bool) -> bool:
 
 
 def reduced_epochs(config: LearnConfig, is_cuda: bool) -> int:
-    """Returns for how many epochs, from the first, matrix products round their operands on this machine."""
+    """Returns how many epochs, counted from the first, train with rounded operands on this machine."""
     return round(config.reduced_precision * config.fit_epochs) if can_round(is_cuda) else 0
 
 
 @contextlib.contextmanager
 def product_precision(is_rounded: bool, is_cuda: bool) -> Iterator[None]:
-    """Lets matrix products round their operands inside the block, or not; sums stay in float32.
+    """Sets whether matrix products inside the block round their operands; sums stay in float32.
 
-    Rounding adds noise (bfloat16: some 0.2 % of a product), which hides behind that of minibatches until training is
-    about to end. The smallest errors, on which the likelihood of confident predictions depends, must be learned in full
-    precision. Mixed precision is Micikevicius et al. 2018, with bfloat16 Kalamkar et al. 2019; that training ends
-    without it is ours.
+    Rounding adds noise (for bfloat16, some 0.2 % of a product) that is small beside the noise of minibatches until the
+    end of training is near. The likelihood of confident predictions depends on the smallest errors, which take full
+    precision to learn. Mixed precision is from Micikevicius et al. 2018, its use of bfloat16 from Kalamkar et al. 2019;
+    to end training without it is ours.
     """
     backend, rounded = (torch.backends.cuda.matmul, "tf32") if is_cuda else (_CPU_PRECISION, "bf16")
     if not hasattr(backend, "fp32_precision"):  # before PyTorch 2.9

@@ -3,8 +3,8 @@
     for epoch in train_ensemble(ensemble, config, train, holdout):
         print(epoch.index, epoch.losses, epoch.holdout_scores["mse"])
 
-It yields what each epoch gave and decides nothing else: the caller logs, saves, and may stop by leaving the loop. How
-members are spread over threads is in ``member_threads.py``; what a kind of ensemble learns from is its own ``losses``.
+It yields the results of each epoch; the caller logs and saves them, and stops training by leaving the loop. How members
+are spread over threads is in ``member_threads.py``; what an ensemble is trained on is its kind's ``losses``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def train_ensemble(
         config: Settings.
         train: Training rows.
         holdout: Rows that select weights and stop training; None trains to the end.
-        score_every: Epochs between two scores of the training rows, beside those of the first and the last; None: none.
-        checkpoint: What to go on from, to end in the same bits as if training had never stopped; None starts anew.
-        optimizer: Builds what steps a group of members.
+        score_every: Training rows are scored every so many epochs, in the first and in the last; None never does.
+        checkpoint: State of an interrupted training, which then ends in the same bits as if it had never stopped; None
+            starts anew.
+        optimizer: Builds the optimiser of a group of members.
         multiplication: How to multiply; None chooses for this machine.
 
     Yields:
-        What each epoch gave.
+        The results of each epoch.
 
     Raises:
         FloatingPointError: At the end, if a member never had a finite validation error.
@@ -101,7 +102,7 @@ def take_step(
 
     Args:
         config: Settings.
-        settings: Those of the kind's loss.
+        settings: Arguments of the kind's loss.
         train: Training rows.
         group: Members that step together, with their optimiser.
         rows: The minibatch of each, ``(ensemble, batch)`` of row indices.
@@ -128,7 +129,7 @@ def take_step(
 def checkpoint_state(
     epochs: int, ensemble: DynamicsEnsemble, threads: MemberThreads, best: BestWeights | None
 ) -> dict[str, Any]:
-    """Returns what training goes on from after so many epochs, in tensors and plain Python types."""
+    """Returns what it takes to resume training after so many epochs, in tensors and plain Python types."""
     return {
         "epochs": epochs,
         "network": ensemble.state_dict(),

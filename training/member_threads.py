@@ -1,8 +1,8 @@
-"""Trains members side by side: on CPUs, a core takes some of the members rather than a part of every matrix product.
+"""Trains members side by side: on CPUs, each core trains some of the members instead of sharing every matrix product.
 
-No member's training depends on another's, so threads need to meet at the end of an epoch only, while cores that share
-every product wait for each other after each. How members are grouped changes what they learn by rounding only, and the
-same number of threads gives the same bits.
+Members do not depend on each other, so their threads wait for one another only at the end of an epoch; cores that share
+a product wait after each one. How members are grouped changes what they learn by rounding errors only, and the same
+number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.scores import Scores, score_rows
 
 Result = TypeVar("Result")
 
-_PIECES = 8  # of an epoch; between two, a thread may take another member, so that all threads end at about one time
+_PIECES = 8  # of an epoch; between two, threads may change groups, so that all finish at about the same time
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class MemberGroup:
     """Members that take each step together.
 
     Attributes:
-        members: Which of the ensemble.
-        ensemble: These members, in the memory of the whole ensemble.
-        optimizer: Steps ``ensemble``.
+        members: Which members of the whole ensemble these are.
+        ensemble: These members as an ensemble that shares the memory of the whole one.
+        optimizer: Updates their weights.
     """
 
     members: slice
@@ -47,7 +47,7 @@ class MemberThreads:
     """Groups of an ensemble's members, and the threads that train and score them; a context that ends the threads.
 
     Args:
-        ensemble: All members; its memory is that of the groups.
+        ensemble: All members; the groups share its memory.
         config: Settings of the optimiser, and the size of a minibatch.
         take_step: Takes a gradient step: gets a group, the minibatch of each of its members ``(ensemble, batch)`` and
             the time in epochs; returns the reported loss of each, ``(ensemble,)``.
@@ -66,7 +66,7 @@ class MemberThreads:
         self._batch_size, self._take_step = config.batch_size, take_step
         self._threads = torch.get_num_threads()
         size = len(ensemble)
-        share = size  # of each thread; members that are left over make groups of their own, which threads take in turn
+        share = size  # members per group; where there are more groups than threads, threads take them in turn
         multiply_adds = config.batch_size * sum(weight[0].numel() for weight in ensemble.dynamics.weights)
         if not ensemble.input_shift.is_cuda and multiply_adds >= multiplication.members_apart_from:
             share = max(1, size // self._threads)
@@ -87,7 +87,7 @@ class MemberThreads:
     def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # the workers' number would be that of threads to come
+            torch.set_num_threads(self._threads)  # threads that start later would inherit that of the workers
 
     def take_epoch(self, order: Tensor, epoch: int) -> list[float]:
         """Takes the gradient steps of an epoch with every member.
@@ -113,20 +113,20 @@ class MemberThreads:
 
     def _take_piece(self, order: Tensor, epoch: int, group: MemberGroup, starts: range) -> Tensor:
         """Takes some of an epoch's steps with a group; returns each member's loss, summed over rows."""
-        loss_sum = torch.zeros(len(group.ensemble), device=order.device)  # stays there: no wait for the device
+        loss_sum = torch.zeros(len(group.ensemble), device=order.device)  # stays on the device: no step waits for it
         for start in starts:
             rows = order[group.members, start : start + self._batch_size]
             loss_sum += self._take_step(group, rows, epoch + start / order.shape[1]) * rows.shape[1]
         return loss_sum
 
     def _run(self, function: Callable[[MemberGroup, range], Result], pieces: list[range]) -> list[list[Result]]:
-        """Calls a function with every group and, one after the other, every piece: results by group and piece."""
+        """Calls a function with every group and piece, a group's pieces in order: results by group and piece."""
         if self._pool is None:
             return [[function(group, piece) for piece in pieces] for group in self.groups]
 
         def after(previous: Future[Result] | None, group: MemberGroup, piece: range) -> Result:
             if previous is not None:
-                previous.result()  # it has begun, as tasks begin in order: there is little or nothing to wait for
+                previous.result()  # tasks begin in order, so this one is running or done: it is a short wait
             return function(group, piece)
 
         futures: list[list[Future[Result]]] = [[] for _ in self.groups]
@@ -145,7 +145,7 @@ class MemberThreads:
         return states[0] | {"state": stacked}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``optimizer_state`` returned, however members were grouped then."""
+        """Restores what ``optimizer_state`` returned, however members were grouped then."""
         for group in self.groups:
             own = {
                 parameter: {name: _take(value, group.members) for name, value in values.items()}
@@ -155,12 +155,12 @@ class MemberThreads:
 
 
 def view_members(ensemble: DynamicsEnsemble, members: slice, linear: Linear) -> DynamicsEnsemble:
-    """Returns some members as an ensemble that shares their memory: to train it is to train them.
+    """Returns some members as an ensemble that shares their memory: training it trains them.
 
     Args:
-        ensemble: Whose members they are.
-        members: Which ones.
-        linear: What multiplies in the view.
+        ensemble: All members.
+        members: Which ones to view.
+        linear: The function that the view multiplies with.
     """
     size = len(range(*members.indices(len(ensemble))))
     view = type(ensemble)(ensemble.architecture, ensemble.normalisation, size).to(ensemble.device)
@@ -173,10 +173,10 @@ def view_members(ensemble: DynamicsEnsemble, members: slice, linear: Linear) -> 
 
 
 def _take(value: Tensor, members: slice) -> Tensor:
-    """Returns some members' moments, or the number of steps: a copy, as optimisers change in place what they load."""
+    """Copies some members' moments, or the number of steps: an optimiser changes in place what it has loaded."""
     return (value[members] if value.ndim else value).clone()
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    """Puts members' moments together; the number of steps is the same for all."""
+    """Joins the moments of all groups; the number of steps is the same for all."""
     return torch.cat(values) if values[0].ndim else values[0]

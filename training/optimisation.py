@@ -1,6 +1,6 @@
 """What a gradient step needs beside the loss: optimiser, learning-rate schedules, clipping.
 
-Everything here treats members apart: parameters carry a leading ensemble axis, and no member's step depends on another.
+Parameters have a leading ensemble axis, and nothing here mixes members: no member's step depends on another's.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from config import LearnConfig
 from dynamics_model import DynamicsEnsemble
 
-_ONECYCLE_START = 1 / 25  # of the peak rate; Smith and Topin 2019, with the ratio that PyTorch's scheduler has
+_ONECYCLE_START = 1 / 25  # of the peak rate, as in PyTorch's scheduler; onecycle is Smith and Topin 2019
 
 
 def build_optimizer(ensemble: DynamicsEnsemble, config: LearnConfig) -> torch.optim.Optimizer:
-    """Returns Adam, with a group for each weight decay; only weights of dynamics layers decay."""
+    """Returns Adam with a parameter group for each weight decay; only weights of the dynamics layers decay."""
     decays = dict(zip(ensemble.dynamics.weights, config.layer_decays, strict=True))
     groups: dict[float, list[Tensor]] = {}
     for parameter in ensemble.parameters():
@@ -32,8 +32,8 @@ def build_optimizer(ensemble: DynamicsEnsemble, config: LearnConfig) -> torch.op
 def learning_rate(config: LearnConfig, epoch: float) -> float:
     """Returns the learning rate at a time in epochs, such as 2.5 in the middle of the third.
 
-    The exponential and multistep schedules move between epochs, cosine and onecycle at every step; the latter two end
-    at zero, where the last epoch ends.
+    The exponential and multistep schedules change between epochs; cosine and onecycle change at every step, and reach
+    zero at the end of the last epoch.
     """
     progress = epoch / config.fit_epochs
     if config.scheduler == "exponential":
@@ -57,11 +57,11 @@ def _half_cosine(progress: float) -> float:
 
 
 def clip_gradients(ensemble: DynamicsEnsemble, max_norm: float) -> None:
-    """Scales each member's gradient down to a norm, that of the dynamics and that of the reward apart."""
+    """Scales each member's gradient down to a norm, separately for the dynamics and the reward network."""
     reward = [] if ensemble.reward is None else list(ensemble.reward.parameters())
     known = {id(parameter) for parameter in reward}
     dynamics = [parameter for parameter in ensemble.parameters() if id(parameter) not in known]
-    for part in filter(None, (dynamics, reward)):  # no gradient joins the two
+    for part in filter(None, (dynamics, reward)):
         gradients = [parameter.grad for parameter in part]
         squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])
         norm = squares.sum(dim=0).sqrt()  # (ensemble,)

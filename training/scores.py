@@ -1,4 +1,4 @@
-"""The numbers of a training: per epoch and member while it runs, per member when it has ended.
+"""The numbers that training reports: per epoch and member while it runs, and per member at its end.
 
 All are in normalised units, where 1 is a dimension's mean absolute deviation of the change; likelihoods in nats.
 """
@@ -18,7 +18,7 @@ from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows
 from training.optimisation import learning_rate
 
-_ROWS_PER_CALL = 4096  # that a member scores in one forward pass
+_ROWS_PER_CALL = 4096  # rows that a member scores in one forward pass
 
 Scores = dict[str, list[float]]
 """By name, one number per member."""
@@ -26,14 +26,14 @@ Scores = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave; scores are those of the weights at its end.
+    """The results of one epoch; scores are measured on the weights at its end.
 
     Attributes:
         index: From 0.
         losses: Reported loss of each member, the mean over the epoch's minibatches.
-        train_scores: Of the training rows; empty in epochs that do not score them.
-        holdout_scores: Of the holdout; empty without one.
-        checkpoint: Returns what training can go on from, as long as the next epoch has not begun.
+        train_scores: Scores of the training rows; empty in epochs that do not measure them.
+        holdout_scores: Scores of the holdout; empty without one.
+        checkpoint: Returns the state to resume training from; call it before the next epoch begins.
     """
 
     index: int
@@ -97,7 +97,7 @@ def score_members(
     """Scores each member's final weights: the ones that are saved.
 
     Returns:
-        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout); None for what does not exist.
+        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout); None for those that cannot be measured.
 
     Raises:
         FloatingPointError: If a member's error is not finite.
