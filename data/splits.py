@@ -105,8 +105,10 @@ class Division:
         """Returns where held-out rows are in the concatenation of ``observations[:-1]`` over all whole trajectories.
 
         Published planners index held-out rows like this (``model.holdout_idx``), whether or not the file has next
-        observations. None where none of this dataset are held out.
+        observations. None where none of this dataset are held out, or rows are in no order that they could share.
         """
+        if not all(trajectory.in_order for trajectory in self.whole.trajectories):
+            return None
         ends = np.cumsum([len(trajectory) - 1 for trajectory in self.whole.trajectories])
         starts = np.concatenate(([0], ends[:-1]))
         pieces = self.pieces or [Piece(index, 0, len(t)) for index, t in enumerate(self.whole.trajectories)]

@@ -173,8 +173,8 @@ def slug(name: str) -> str:
 
 UNITS = (
     "Errors are in normalised units unless marked raw: each state dimension is divided by the mean absolute deviation "
-    "of its change per step in the training data, so 1 is a typical step, in every dimension alike. Dimensions that "
-    "change by a constant are left out."
+    "of its change per step in the training data (by the standard deviation where it moves in a handful of rows only), "
+    "so 1 is a typical step, in every dimension alike. Dimensions that change by a constant are left out."
 )
 
 _CARD_HORIZON = 25

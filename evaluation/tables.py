@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data.audit import moves_rarely
 from data.trajectories import Dataset, gather_transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation import metrics
@@ -582,7 +583,8 @@ def cross_dataset_table(models: Iterable[Model], datasets: Sequence[Dataset], se
         - trained_on: whether the model was trained on the dataset;
         - rows: how many; nan, like the errors, where the model has seen all;
         - rmse: error of the ensemble's mean over the learned dimensions that vary in the dataset, each divided by the
-          mean absolute deviation of its change there: a unit that does not depend on the model;
+          mean absolute deviation of its change there (the standard deviation where it moves rarely): a unit that does
+          not depend on the model;
         - rmse_raw: the same in raw units.
     """
     records = []
@@ -599,7 +601,9 @@ def _cross_dataset_error(ensemble: DynamicsEnsemble, dataset: Dataset, rows: Row
     every = gather_transitions(dataset, np.arange(len(dataset.trajectories)))
     scale = Scale.of(ensemble)
     change = (every.next_states.astype(np.float64) - every.states)[:, scale.learned]
-    deviation = np.abs(change - change.mean(axis=0)).mean(axis=0)
+    distance = np.abs(change - change.mean(axis=0))
+    deviation, spread = distance.mean(axis=0), np.sqrt(np.square(distance).mean(axis=0))
+    deviation = np.where(moves_rarely(spread, deviation), spread, deviation)
     one_step = predict_one_step(ensemble, rows.states, rows.actions, rows.next_states)
     error = (one_step.errors.mean(axis=0) * scale.factor)[:, deviation > 0]
     rmse = float(metrics.rmse(error / deviation[deviation > 0]))

@@ -281,6 +281,9 @@ def test_holdout_rows_index_the_published_concatenation(make, next_observations)
         split = Split(*(np.array(part, np.int64) for part in ([], held_out, [])))
         rows = Division(made, made, split).holdout_rows()
         assert rows is None if expected is None else rows.tolist() == expected
+    groups = [dataclasses.replace(trajectory, in_order=False) for trajectory in made.trajectories]
+    whole = Dataset("groups", None, "", groups)
+    assert Division(whole, whole, Split(*(np.array([index]) for index in range(3)))).holdout_rows() is None
     pieces = (Piece(3, 0, 1), Piece(3, 1, 4))
     cut = Division(made, take_pieces(made, pieces), Split(np.array([0]), np.array([1]), np.array([])), pieces)
     assert published[cut.holdout_rows(), 0].tolist() == [301, 302]

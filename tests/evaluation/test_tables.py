@@ -254,3 +254,15 @@ def test_cross_dataset_errors_are_in_units_of_the_dataset(knowing_ensemble, nois
     assert table.rmse["tested"] == pytest.approx(np.sqrt(np.pi / 2), rel=0.03)
     assert table.rmse_raw["tested"] == pytest.approx(np.sqrt((0.5**2 + 20**2) / 2), rel=0.05)
     assert pd.isna(table.loc["all", ["rows", "rmse", "rmse_raw"]]).all()
+
+
+def test_a_dimension_that_moves_rarely_does_not_take_over_cross_dataset_errors(knowing_ensemble, noisy_dataset):
+    data = noisy_dataset()
+    for trajectory in data.trajectories:
+        trajectory.next_observations[:, 1] = trajectory.observations[:, 1]
+        trajectory.next_observations[::100, 1] += 3
+    parts = {"train": [], "holdout": [], "test": []}
+    stranger = Model(None, "stranger", knowing_ensemble(), {"dataset": {"sha256": "other", "split": parts}})
+    (error,) = tables.cross_dataset_table([stranger], [data], seed=0).rmse
+    # Whoever expects no change errs by a standard deviation in it, and by sqrt(pi / 2) absolute ones in the other.
+    assert error == pytest.approx(np.sqrt((np.pi / 2 + 1) / 2), rel=0.03)
