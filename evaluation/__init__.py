@@ -1,1 +1,1 @@
-"""What a trained ensemble is worth on trajectories that it never saw."""
+"""Evaluation: how good a trained ensemble is on trajectories that it never saw."""

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what was evaluated on what, the HTML page that says what came of it, and the files."""
+"""The report of an evaluation: what was evaluated on what, the HTML page with the results, and the files."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class EvaluationFacts:
         dataset: Name of the dataset that it was evaluated on.
         environment: That dataset's environment, as far as it is known.
         sha256: That dataset's digest.
-        part: What its trajectories are to the model, as in ``Selection``.
-        rows: Transitions that were evaluated.
-        trajectories: Trajectories that they are of.
+        part: What its trajectories were in the model's training, as in ``Selection``.
+        rows: How many transitions were evaluated.
+        trajectories: How many trajectories they are of.
         notes: What a reader must know to judge the scores, in sentences.
         seed: Seed of folds, start points and sampling.
-        findings: What was found about that dataset.
-        training_findings: What was found about the one that the model was trained on, if that is another.
+        findings: Findings of the audit of that dataset.
+        training_findings: Findings about the dataset that the model was trained on, if that is another one.
         config: The model's settings.
-        command: What made the report.
-        git_commit: Which code made it; None if unknown.
+        command: The command line that made the report.
+        git_commit: The commit of the code that made it; None if unknown.
     """
 
     model: str
@@ -92,26 +92,26 @@ class EvaluationFacts:
         """Gathers the facts of an evaluation.
 
         Args:
-            model: What was evaluated.
-            selection: On what.
-            findings: What was found about that dataset.
-            known_rows: How many of its rows equal training rows, though their trajectories do not.
-            has_training_rows: Whether the training rows were here.
+            model: The model that was evaluated.
+            selection: What it was evaluated on.
+            findings: Findings of the audit of that dataset.
+            known_rows: How many of its rows equal training rows although their trajectories do not.
+            has_training_rows: Whether the training rows were at hand.
             seed: Seed of folds, start points and sampling.
-            command: What made the report.
+            command: The command line that makes the report.
         """
         dataset = selection.dataset
         trained_on = model.metadata["dataset"]["name"]
         notes = [f"Evaluated on {_PARTS[selection.part]}."]
         if selection.copies:
-            of = selection.available + (0 if selection.keeps_copies else selection.copies)
+            total = selection.available + (0 if selection.keeps_copies else selection.copies)
             known = "trained the model or selected its weights" if selection.part == "unseen" else "trained the model"
             fate = (
                 "are counted all the same, so these scores flatter the model."
                 if selection.keeps_copies
                 else "were left out (--keep_copies counts them)."
             )
-            notes.append(f"{selection.copies} of {of} trajectories equal some that {known} and {fate}")
+            notes.append(f"{selection.copies} of {total} trajectories equal some that {known} and {fate}")
         rows = sum(dataset.trajectories[index].num_transitions for index in selection.indices)
         if known_rows:
             notes.append(
@@ -164,7 +164,7 @@ class EvaluationFacts:
 
 
 def slug(name: str) -> str:
-    """Makes a name into one that files and MLflow take: of a path the last part, without its ending."""
+    """Turns a name into one that files and MLflow accept; a path becomes the file's name without its ending."""
     parts = [Path(part).name if "/" in part else part for part in name.split(" + ")]
     return re.sub(r"[^\w.-]+", "-", "-".join(re.sub(r"\.(hdf5|h5|pkl|pickle)$", "", part) for part in parts))
 
@@ -238,7 +238,7 @@ CAPTIONS = {
 
 
 class Card(NamedTuple):
-    """A number to see first: its name, its value, and what to compare it with."""
+    """A number at the top of the page: its name, its value, and what to compare it with."""
 
     name: str
     value: str
@@ -246,7 +246,7 @@ class Card(NamedTuple):
 
 
 def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> list[Card]:
-    """Returns the numbers to see first, from those of ``evaluate.summarise``."""
+    """Returns the numbers at the top of the page, from those of ``evaluate.summarise``."""
     shown = {name: format_cell(value) for name, value in summary.items()}
     cards = [
         Card(
@@ -272,7 +272,7 @@ def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> lis
 
 
 def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
-    """Returns the sections of the page, in reading order, as far as there are tables for them."""
+    """Returns the sections of the page that there are tables for, in reading order."""
     overall = {
         name: tables[name].query("dimension == 'all'").drop(columns="dimension")
         for name in ("one_step", "likelihood", "calibration")

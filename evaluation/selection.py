@@ -1,4 +1,4 @@
-"""What is evaluated on what: the models, and the trajectories that they have not seen."""
+"""Which models are evaluated, and on which trajectories: those that they have not seen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evaluation.predictions import Rows, gather_rows
 from utils import InputError
 
 MAX_ROWS = 50_000  # of the evaluated dataset; where there are more, whole trajectories are drawn
-MAX_OTHER_ROWS = 10_000  # likewise of every other dataset, and for every cell of the table across datasets
+MAX_OTHER_ROWS = 10_000  # the same for every other dataset, and for every cell of the table across datasets
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Model:
         path: The file.
         name: Name of the run that trained it.
         ensemble: Its members.
-        metadata: What the file says of them.
+        metadata: The file's metadata.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class Model:
         return [part["name"] for part in trained_on.get("parts") or [trained_on]]
 
     def division(self, dataset: Dataset) -> Division | None:
-        """Returns how the dataset was divided to train the model; None if it was not there, or not as it is now."""
+        """Returns how the dataset was divided to train the model; None if it did not train it, or has changed since."""
         return Division.restore(dataset, self.metadata["dataset"])
 
     def was_trained_on(self, dataset: Dataset) -> bool:
@@ -71,16 +71,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Selection:
-    """Trajectories to evaluate on, and how the model knows them.
+    """Trajectories to evaluate on, and what they were to the model when it was trained.
 
     Attributes:
-        dataset: Where they are; pieces of the dataset asked for, where training divided it so.
-        indices: Sorted indices of trajectories.
+        dataset: The dataset that they are of; if training cut it into pieces, these pieces are its trajectories.
+        indices: Sorted indices of the trajectories.
         part: ``test``, ``holdout``, ``train``, ``unseen``, or ``other holdout`` for a dataset that only validated.
-        available: How many trajectories that part has; where they are too many, some were drawn.
-        copies: How many others (or, where they are kept, of these) equal trajectories that the model knows better: that
-            trained it or, of an unseen dataset, that trained it or selected its weights.
-        keeps_copies: Whether these are kept.
+        available: Trajectories that could be evaluated on, of which ``indices`` are a random draw if they are too many.
+        copies: Trajectories of that part that equal some that trained the model (or, if it is ``unseen``, selected its
+            weights).
+        keeps_copies: Whether ``available`` counts these copies; if not, they were left out.
     """
 
     dataset: Dataset
@@ -143,9 +143,10 @@ def find_training_rows(model: Model, dataset: Dataset, quiet: bool) -> Transitio
 
 
 def count_known_rows(selection: Selection, training: Transitions | None) -> int:
-    """Returns how many rows of an unseen dataset equal training rows, as far as these are here.
+    """Returns how many rows of an unseen dataset equal training rows; 0 if the training rows are not here.
 
-    Whole copies of trajectories are known without; these rows are in others, cut or ordered differently.
+    Trajectories that are copies as a whole are left out already: these rows are in trajectories that were cut or
+    ordered differently.
     """
     if training is None or selection.part != "unseen" or selection.keeps_copies:
         return 0
@@ -163,15 +164,15 @@ def select_trajectories(
     """Chooses the trajectories that the model knows least, or those asked for; draws from them if they are too many.
 
     Args:
-        model: What is evaluated.
-        dataset: What it is evaluated on.
-        max_rows: How many transitions are enough.
+        model: The model to evaluate.
+        dataset: The dataset to evaluate it on.
+        max_rows: Transitions that are enough.
         seed: Seed of the draw.
         split: The part asked for: ``test``, ``holdout`` or ``train``.
         keep_copies: Whether to keep trajectories that equal some that trained the model or selected its weights.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there is no such trajectory.
     """
     trained_on = model.metadata["dataset"]
     division = model.division(dataset)
@@ -241,7 +242,7 @@ def unseen_rows(model: Model, dataset: Dataset, seed: int) -> Rows:
     """Returns rows of a dataset that a model was not trained on.
 
     Raises:
-        InputError: If it was trained on all.
+        InputError: If it was trained on all of them.
     """
     selection = select_trajectories(model, dataset, MAX_OTHER_ROWS, seed)
     return gather_rows(selection.dataset, selection.indices)
