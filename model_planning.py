@@ -1,17 +1,19 @@
 """Planning inside a learned ensemble: the cross-entropy method, from a batch of states, guided by a policy or not.
 
     core = ModelEnv(load_ensemble("model.pkl"), "Hopper-v5")
-    planner = CEM(core, horizon=20, prior=clone_policy(states, actions), spread=0.1)
+    prior, value = clone_policy(states, actions), fit_value(states, rewards, terminals, timeouts)
+    planner = CEM(core, horizon=10, prior=prior, tail=30, value=value, spread=0.1)
     actions = planner.plan(states)  # (batch, action_dim), for as many environments as there are states
 
 ``CEM`` is iCEM (Pinneri et al. 2020, "Sample-efficient cross-entropy method for real-time planning"): noise that is
 correlated over time, elites that are kept between iterations and between steps, fewer candidates in later iterations.
 Several particles carry each candidate through the ensemble, as in PETS (Chua et al. 2018).
 
-In a model of offline data, free planning finds the actions about which the model is wrong. With a ``prior``, a policy
-cloned from the data, candidates are deviations from what that policy does in the states that the model predicts, which
-is the idea of MBOP (Argenson and Dulac-Arnold 2021); its value function and its weighted mean of all candidates are not
-here.
+In a model of offline data, free planning finds the actions about which the model is wrong. Planning can be guided by
+what the data show, as in MBOP (Argenson and Dulac-Arnold 2021): candidates are deviations from a cloned policy, the
+``prior``, in the states that the model predicts, and the last state counts by its ``value``, what the data's policy
+earned from there. Differences from MBOP: the best candidates are kept, where MBOP takes a weighted mean of all; and in
+the ``tail`` the policy goes on alone, since both value and policy are right only near the data.
 
 Shapes are ``(batch, ...)``; states, actions and rewards are in raw units. Nothing loops over members, candidates or
 environments: a step of the horizon is one call of ``ModelEnv.step``. This module imports PyTorch and the model modules.
@@ -21,10 +23,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from dynamics_model import Array, as_tensor, random_stream
 
@@ -49,6 +52,8 @@ class CEM:
         iterations: Of the search, at each step.
         particles: Paths of each candidate through the ensemble.
         prior: A policy whose actions candidates deviate from; None searches all actions.
+        tail: Steps behind the horizon in which the prior acts alone.
+        value: What the state behind horizon and tail is worth, from ``(batch, state_dim)`` to ``(batch,)``; None: 0.
         elite_share: Share of the population that the next iteration is drawn around.
         kept_share: Share of the elites that stay candidates, in the next iteration and, moved on, in the next step.
         spread: Standard deviation of the first candidates, in half widths of the action bounds.
@@ -70,6 +75,8 @@ class CEM:
         particles: int = 5,
         prior: Policy | None = None,
         *,
+        tail: int = 0,
+        value: Callable[[Tensor], Tensor] | None = None,
         elite_share: float = 0.1,
         kept_share: float = 0.3,
         spread: float = 0.5,
@@ -79,19 +86,16 @@ class CEM:
         reward_after_end: float | None = None,
         generator: Generator | None = None,
     ) -> None:
-        for name, value, lowest in (
-            ("horizon", horizon, 1),
-            ("population", population, 2),
-            ("iterations", iterations, 1),
-            ("particles", particles, 1),
-        ):
-            if value < lowest:
-                raise ValueError(f"{name} is {value}; expected at least {lowest}")
+        if tail > 0 and prior is None:
+            raise ValueError(f"tail is {tail}, steps in which the prior acts; give a prior")
         if core.action_bounds is None:
             raise ValueError("the bounds of actions are unknown; give the ModelEnv a task, such as task='Hopper-v5'")
-        self.core, self.prior = core, prior
+        self.core, self.prior, self.tail, self.value = core, prior, tail, value
         self.horizon, self.population, self.iterations, self.particles = horizon, population, iterations, particles
         self.spread, self.noise_beta, self.momentum, self.discount = spread, noise_beta, momentum, discount
+        for name, least in {"horizon": 1, "population": 2, "iterations": 1, "particles": 1, "tail": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         self.elites = max(2, round(elite_share * population))
         self.kept = max(1, round(kept_share * self.elites))
         if reward_after_end is None:
@@ -154,14 +158,17 @@ class CEM:
         if state.members is not None:  # a candidate's particles keep different members, the same for all candidates
             dealt = self.core.deal(self.particles, self.generator)
             state = state._replace(members=dealt.repeat(batch * count))
-        steps = candidates.repeat_interleave(self.particles, dim=1).flatten(0, 1).unbind(dim=1)
+        sequences = functional.pad(candidates, (0, 0, 0, self.tail)).repeat_interleave(self.particles, dim=1)
         total = torch.zeros(len(state.states), device=states.device)
         ended = torch.zeros_like(total, dtype=torch.bool)
-        for step, values in enumerate(steps):
+        for step, values in enumerate(sequences.flatten(0, 1).unbind(dim=1)):
             taken = self.core.step(state, self._act(state.states, values), self.generator)
             total += self.discount**step * torch.where(ended, self.reward_after_end, taken.reward)
             ended |= taken.terminated | taken.halted
             state = taken.state
+        if self.value is not None:
+            worth = self.value(state.states)  # an end is worth 0, but no more than to go on: it must not be an aim
+            total += self.discount ** (self.horizon + self.tail) * torch.where(ended, worth.clamp(max=0), worth)
         returns = total.view(batch, count, self.particles).mean(dim=-1)
         return torch.where(returns.isfinite(), returns, -torch.inf)
 
@@ -179,10 +186,7 @@ class CEM:
 
 
 def coloured_noise(shape: tuple[int, ...], beta: float, generator: Generator) -> Tensor:
-    """Draws Gaussian noise whose power falls as ``1 / f^beta`` along the last axis, with a standard deviation of 1.
-
-    By way of the spectrum (Timmer and Koenig 1995), as iCEM draws it.
-    """
+    """Draws Gaussian noise of deviation 1 with a spectrum of ``1 / f^beta`` along the last axis, as iCEM does."""
     length = shape[-1]
     if length == 1:
         return torch.randn(shape, generator=generator)
@@ -199,47 +203,98 @@ def coloured_noise(shape: tuple[int, ...], beta: float, generator: Generator) ->
     return torch.fft.irfft(spectrum, n=length) * (length / power.sum().sqrt())
 
 
-def clone_policy(
-    states: Array,
-    actions: Array,
+# --- What guides a plan, from a dataset ---
+
+
+def clone_policy(states: Array, actions: Array, **options: Any) -> nn.Sequential:
+    """Clones the policy that took these actions: behaviour cloning.
+
+    Args:
+        states: ``(rows, state_dim)``, raw units.
+        actions: Those taken in them, ``(rows, action_dim)``.
+        **options: See ``fit_network``.
+
+    Returns:
+        A ``Policy``, on the CPU, that gives the mean action in a state; not bounded.
+    """
+    return fit_network(states, actions, **options)
+
+
+def fit_value(
+    states: Array, rewards: Array, terminals: Array, timeouts: Array, steps: int = 100, **options: Any
+) -> nn.Sequential:
+    """Fits what a dataset's policy earns in so many steps from a state, as MBOP does; less if it ends before that.
+
+    Rows from which a timeout or the file's end hides what would have been earned are left out.
+
+    Args:
+        states: ``(rows, state_dim)``, raw units, in time order.
+        rewards: ``(rows,)``.
+        terminals: Which rows ended in a terminal state, ``(rows,)``.
+        timeouts: After which rows an episode was cut, ``(rows,)``.
+        steps: How far to look.
+        **options: See ``fit_network``.
+
+    Returns:
+        A function, on the CPU, from states ``(batch, state_dim)`` to values ``(batch,)``.
+    """
+    states, rewards = as_tensor(states, "cpu"), as_tensor(rewards, "cpu").double()
+    terminals, timeouts = (torch.as_tensor(part, dtype=torch.bool) for part in (terminals, timeouts))
+    rows = torch.arange(len(states))
+    last = (terminals | timeouts | (rows == rows[-1])).nonzero().squeeze(1)
+    last = last[torch.searchsorted(last, rows)]  # of each row's episode
+    stop = (rows + steps).clamp(max=last + 1)
+    earned = functional.pad(rewards.cumsum(dim=0), (1, 0))
+    returns = (earned[stop] - earned[rows]).float()
+    seen = (stop == rows + steps) | terminals[last]
+    if not seen.any():
+        raise ValueError(f"no row is followed by {steps} steps or a terminal state; give fewer steps")
+    return fit_network(states[seen], returns[seen, None], **options).append(nn.Flatten(0))
+
+
+def fit_network(
+    inputs: Array,
+    targets: Array,
     hidden_size: tuple[int, ...] = (128, 128),
     epochs: int = 20,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Clones the policy that took these actions, by least squares: behaviour cloning.
+    """Fits a network by least squares; it takes and gives raw units, and is on the CPU.
 
     Args:
-        states: ``(rows, state_dim)``, raw units.
-        actions: Those taken in them, ``(rows, action_dim)``.
+        inputs: ``(rows, inputs)``.
+        targets: ``(rows, outputs)``.
         hidden_size: Units of each hidden layer.
         epochs: Passes over the rows.
         batch_size: Rows per step.
         learning_rate: Of Adam at the start; it falls to 0 along a cosine.
-        seed: Of initial weights and of the order of rows.
-
-    Returns:
-        A ``Policy``, on the CPU, that gives the mean action in a state; not bounded.
+        seed: Of weights and of the order of rows.
     """
-    states, actions = (as_tensor(part, "cpu") for part in (states, actions))
-    shift, scale = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
+    inputs, targets = (as_tensor(part, "cpu") for part in (inputs, targets))
+    (in_shift, in_scale), (out_shift, out_scale) = (
+        (part.mean(dim=0), part.std(dim=0, correction=0).clamp(min=1e-6)) for part in (inputs, targets)
+    )
+    inputs, targets = (inputs - in_shift) / in_scale, (targets - out_shift) / out_scale
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        widths = [states.shape[1], *hidden_size, actions.shape[1]]
+        widths = [inputs.shape[1], *hidden_size, targets.shape[1]]
         layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-    policy = nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.SiLU())), layers[-1])
-    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(states) // batch_size))
-    generator, inputs = torch.Generator().manual_seed(seed), (states - shift) / scale
+    network = nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.SiLU())), layers[-1])
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(inputs) // batch_size))
+    generator = Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(states), generator=generator).split(batch_size):
-            loss = (policy(inputs[rows]) - actions[rows]).square().mean()
+        for rows in torch.randperm(len(inputs), generator=generator).split(batch_size):
+            loss = (network(inputs[rows]) - targets[rows]).square().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-    policy.requires_grad_(False)
-    layers[0].weight /= scale  # from here on it takes raw units
-    layers[0].bias -= layers[0].weight @ shift
-    return policy
+    network.requires_grad_(False)
+    layers[0].weight /= in_scale  # from here on raw units
+    layers[0].bias -= layers[0].weight @ in_shift
+    layers[-1].weight *= out_scale[:, None]
+    layers[-1].bias.mul_(out_scale).add_(out_shift)
+    return network

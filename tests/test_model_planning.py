@@ -9,7 +9,7 @@ import torch
 from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, DynamicsEnsemble
 from model_env import ModelEnv, ModelState, ModelStep
-from model_planning import CEM, clone_policy, coloured_noise
+from model_planning import CEM, clone_policy, coloured_noise, fit_value
 from mujoco_tasks import Task
 
 
@@ -60,7 +60,7 @@ def to_zero(next_states):
 
 
 def test_best_action_is_found_for_each_state_of_a_batch(line):
-    planner = CEM(line(to_zero), horizon=4, population=64, iterations=5, particles=2)
+    planner = CEM(line(to_zero), horizon=3, population=256, iterations=5, particles=2)
     actions = planner.plan(np.array([[0.2], [-0.3], [3.0], [0.0]], dtype=np.float32))
     assert actions.shape == (4, 1)
     # s' = 0 takes an action of -2 s, as far as the bounds allow
@@ -140,6 +140,30 @@ def test_prior_acts_in_the_states_that_the_model_predicts(line):
     assert [states.item() for states in seen] == [0.0, 0.5, 1.0]
 
 
+def test_prior_goes_on_alone_behind_the_horizon_and_the_last_state_counts_by_its_value(line):
+    """From 0, one step of 0.5 + 1 and two of the prior's 0.5, each times the gain of 0.5."""
+    seen = []
+
+    def value(states):
+        return seen.append(states.clone()) or 10 * states[:, 0]
+
+    guides = {"prior": lambda states: torch.full_like(states, 0.5), "tail": 2, "value": value}
+    planner = CEM(line(lambda next_states: next_states), horizon=1, particles=1, discount=0.5, **guides)
+    returns = planner.evaluate(torch.zeros(1, 1), torch.tensor([[[[1.0]], [[-0.5]]]]))
+    assert [states.flatten().tolist() for states in seen] == [[1.0, 0.5]]
+    # Actions of 1 (the bound), 0.5 and 0.5; then of 0, 0.5 and 0.5.
+    assert returns.tolist() == [[0.5 + 0.75 / 2 + 1.0 / 4 + 10 * 1.0 / 8, 0.25 / 2 + 0.5 / 4 + 10 * 0.5 / 8]]
+    with pytest.raises(ValueError, match="tail is 2, steps in which the prior acts; give a prior"):
+        CEM(line(to_zero), tail=2)
+
+
+@pytest.mark.parametrize(("worth", "expected"), [(7.0, [10.0, 1.0]), (-7.0, [-4.0, -6.0])])
+def test_an_end_is_worth_nothing_but_no_more_than_to_go_on(line, worth, expected):
+    core = line(lambda next_states: torch.ones_like(next_states), ends=lambda next_states: next_states > 1)
+    planner = CEM(core, horizon=3, particles=1, value=lambda states: torch.full_like(states[:, 0], worth))
+    assert planner.evaluate(torch.tensor([[0.9]]), torch.tensor([[[[0.0]] * 3, [[1.0]] * 3]])).tolist() == [expected]
+
+
 def test_a_path_that_runs_away_is_the_worst_and_does_not_stop_the_others(line):
     """The prior's action in such a state is no number, which the model refuses."""
     core = line(lambda next_states: next_states.square(), gains=(torch.inf, 0.5), propagation="tsinf")
@@ -214,19 +238,45 @@ def test_larger_exponents_make_neighbouring_steps_more_alike():
     assert abs(correlations[0]) < 0.05 and correlations[0] < correlations[1] - 0.2 < correlations[2] - 0.3
 
 
-def test_policy_is_cloned_from_what_it_did():
+@pytest.fixture(scope="module")
+def recorded():
+    """States far from unit scale, and actions that depend on them."""
     random = np.random.default_rng(0)
-    states = (random.normal(size=(4000, 3)) * [1, 10, 0.1]).astype(np.float32)
-    actions = np.tanh(states @ [[1.0, 0.0], [0.1, 0.05], [0.0, 10.0]]).astype(np.float32)
+    states = (random.normal(size=(4000, 3)) * [1, 10, 0.1] + [0, 5, 1]).astype(np.float32)
+    return states, np.tanh((states - [0, 5, 1]) @ [[1.0, 0.0], [0.1, 0.05], [0.0, 10.0]]).astype(np.float32)
+
+
+def test_policy_is_cloned_from_what_it_did(recorded):
+    states, actions = recorded
     policy = clone_policy(states, actions)
     error = (policy(torch.as_tensor(states)) - torch.as_tensor(actions)).square().mean().sqrt()
     assert error < 0.1
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
     torch.rand(1)
-    again = clone_policy(states, actions)
-    assert torch.equal(policy(torch.as_tensor(states[:5])), again(torch.as_tensor(states[:5])))
+    assert torch.equal(clone_policy(states, actions)(torch.as_tensor(states[:5])), policy(torch.as_tensor(states[:5])))
 
 
-@pytest.mark.parametrize(("name", "value"), [("horizon", 0), ("population", 1), ("iterations", 0), ("particles", 0)])
+def test_value_is_what_was_earned_in_the_next_steps(recorded):
+    """Two episodes: 6 rows and an end, 5 rows and a cut. The states tell the rows apart."""
+    rewards = np.array([1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50], np.float32)
+    states = np.eye(11, dtype=np.float32)
+    terminals, timeouts = np.arange(11) == 5, np.zeros(11, bool)
+    value = fit_value(states, rewards, terminals, timeouts, steps=3, hidden_size=(32,), epochs=600)
+    worth = value(torch.as_tensor(states))
+    assert worth.shape == (11,)
+    seen = [6, 9, 12, 15, 11, 6, 60, 90, 120]  # the last two rows do not show three steps
+    assert worth[:9].tolist() == pytest.approx(seen, abs=1)
+
+    timeouts[5], terminals[5] = True, False
+    cut = fit_value(states, rewards, terminals, timeouts, steps=3, hidden_size=(32,), epochs=600)
+    assert cut(torch.as_tensor(states))[[0, 1, 2, 3, 6, 7, 8]].tolist() == pytest.approx(seen[:4] + seen[6:], abs=1)
+    with pytest.raises(ValueError, match="no row is followed by 9 steps or a terminal state"):
+        fit_value(states, rewards, terminals, timeouts, steps=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("horizon", 0), ("population", 1), ("iterations", 0), ("particles", 0), ("tail", -1)]
+)
 def test_sizes_that_make_no_sense_are_refused(line, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; expected at least"):
         CEM(line(to_zero), **{name: value})
