@@ -1,7 +1,7 @@
-"""From predictions to distributions that can be scored: completed by residuals, matched by a Gaussian, recalibrated.
+"""Turns predictions into distributions that can be scored: completes points, matches mixtures, recalibrates.
 
-Letters in shapes and units as in ``predictions.py``. Whatever is fitted on the evaluated rows themselves is fitted
-across folds of whole trajectories, so that no row is scored with what it helped to fit.
+Letters in shapes and units as in ``predictions.py``. What is fitted on the evaluated rows themselves is fitted across
+folds of whole trajectories, so that no row is scored by a fit that it was part of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from evaluation import metrics
 from evaluation.predictions import OneStep, Rows, predict_one_step
 
 _RESIDUAL_ROWS = 20_000
-_SMALLEST = np.finfo(np.float32).tiny  # of variances and scales, so that errors of 0 do no harm
+_SMALLEST = np.finfo(np.float32).tiny  # least variance and least scale: all errors may be 0, and both are divided by
 
 # --- Folds ---
 
@@ -26,7 +26,7 @@ def assign_folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
     Args:
         groups: Label of each row's group, ``(N,)``, such as its trajectory.
-        folds: Number of folds; no more are used than there are groups.
+        folds: Number of folds; where there are fewer groups, as many folds as groups.
         seed: Decides which group goes to which fold.
 
     Returns:
@@ -72,10 +72,10 @@ def completion(
     That is 0 where members predict distributions, and their mean squared residuals where they predict points.
 
     Args:
-        ensemble: What predicts.
+        ensemble: The ensemble that predicts.
         one_step: Its predictions for the evaluated rows.
         fold: Fold of each of these rows, ``(N,)``.
-        training: The rows that residuals are taken from; None takes, for each fold, the evaluated rows of the others.
+        training: Rows to take residuals from; None takes them, for each fold, from the evaluated rows of the others.
 
     Raises:
         ValueError: If members need residuals, and there are neither training rows nor a second fold.
@@ -111,7 +111,8 @@ class Calibrated:
         change: The truth, ``(N, L)``.
         mean: ``(N, L)``.
         variance: ``(N, L)``.
-        scale: What recalibration multiplies standard deviations by, ``(N, L)``; None where there is one trajectory.
+        scale: Factor by which recalibration multiplies standard deviations, ``(N, L)``; None if it could not be
+            fitted, as with a single trajectory.
     """
 
     change: np.ndarray
@@ -121,7 +122,7 @@ class Calibrated:
 
     @classmethod
     def of(cls, one_step: OneStep, variances: np.ndarray, fold: np.ndarray) -> Calibrated:
-        """Matches moments and fits scales, each fold's on the others.
+        """Matches moments, and fits the scale of each fold on the other folds.
 
         Args:
             one_step: The members' means, and the truth.

@@ -56,15 +56,15 @@ def evaluate(
     """Evaluates an ensemble on whole trajectories, one step ahead and open loop.
 
     Args:
-        ensemble: What is evaluated; all its members count alike.
-        dataset: Where the trajectories are; the range of all its states is the one that rollouts may leave.
-        indices: Trajectories to evaluate on, which should not have trained or selected anything.
+        ensemble: The ensemble to evaluate; all its members count alike.
+        dataset: The dataset; the range of all its states is the range that rollouts may leave.
+        indices: Trajectories of it to evaluate on, which should not have trained or selected anything.
         training: The model's training rows. Without them, residuals and the linear baseline are taken from the
             evaluated rows, across folds of trajectories.
-        elites: Members whose mean is scored beside that of all members, if they are not all.
+        elites: Members whose mean is scored beside that of all members, if they are only some of them.
         ood_rows: Rows of other datasets by name, which uncertainty should tell from the evaluated ones.
-        horizons: Steps at which single start points and dimensions are reported; the largest is how far to go.
-        max_starts: Start points of rollouts, evenly spread over the rows.
+        horizons: Steps at which single start points and dimensions are reported; rollouts go as far as the largest.
+        max_starts: Start points of rollouts at most, evenly spread over the rows.
         seed: Seed of folds, start points and sampling.
 
     Returns:
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
-    """Returns the headline numbers of an evaluation by name; what could not be measured is left out."""
+    """Returns the headline numbers of an evaluation by name, without those that could not be measured."""
     one_step = tables["one_step"].query("dimension == 'all'").set_index("predictor")
     members = one_step[one_step.index.str.startswith("member_")]
     summary = {
@@ -129,13 +129,13 @@ def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
         "nrmse_linear": one_step.rmse.get("linear", np.nan),
         "nrmse_no_change": one_step.rmse["no_change"],
     }
-    # Of these tables, every other column is a headline number, named after it and the line that it is in.
-    for name, line, chosen, left_out in (
+    # Of these tables, every column that is not left out gives a headline number for each label, COLUMN_LABEL.
+    for name, labels, chosen, left_out in (
         ("likelihood", "prediction", "dimension == 'all'", ["dimension", "nll_raw", "crps_raw"]),
         ("calibration", "variant", "dimension == 'all'", ["dimension", "scale"]),
         ("uncertainty", "measure", "units == 'normalised'", ["units", "pearson"]),
     ):
-        for label, row in tables[name].query(chosen).drop(columns=left_out).set_index(line).iterrows():
+        for label, row in tables[name].query(chosen).drop(columns=left_out).set_index(labels).iterrows():
             summary |= {f"{column}_{label}": value for column, value in row.items()}
     if "ood" in tables:
         for _, row in tables["ood"].query("units == 'normalised'").iterrows():

@@ -1,7 +1,4 @@
-"""Figures of an evaluation, from its tidy tables: one panel each, readable when small, colours that everyone can tell.
-
-Colours are those of Okabe and Ito (2008); where lines could still be mixed up, they differ in style or marker too.
-"""
+"""Figures of an evaluation, drawn from its tables: one panel each, readable when small."""
 
 from __future__ import annotations
 
@@ -346,7 +343,7 @@ def _plain_log_ticks(axes: Axes, largest: int) -> None:
 
 
 def _cap_height(axes: Axes, values: pd.Series) -> None:
-    """Keeps what exploded from flattening the rest: nothing beyond a million is drawn."""
+    """Ends a log axis at a million, so that diverged rollouts do not flatten all others."""
     finite = values[np.isfinite(values) & (values > 0)]
     if len(finite):
         axes.set_ylim(finite.min() / 2, min(finite.max() * 2, 1e6))

@@ -1,8 +1,8 @@
 """The simulator as oracle: the true next state for actions that the dataset never took.
 
 A MuJoCo environment is set to recorded simulator states (``infos/qpos`` and ``infos/qvel``) and makes one step from
-each. Off the data no dataset can say what a prediction is worth; the simulator can. For data that was collected with
-process noise it also tells what aleatoric uncertainty should be: the variance of the next state itself.
+each. A dataset cannot say how good predictions are for actions that it does not hold; the simulator can. For data that
+was collected with process noise it also gives the true aleatoric uncertainty: the variance of the next state itself.
 
 Letters in shapes and units as in ``predictions.py``.
 """
@@ -23,8 +23,8 @@ from evaluation.tables import Tables, oracle_noise_table, oracle_table
 from utils import InputError
 
 ROWS = 512
-DRAWS = 64  # of each row's next state, where the data is noisy
-TOLERANCE = 0.01  # root mean square by which simulator and record may differ, in typical one-step changes
+DRAWS = 64  # next states drawn for each row, where the data is noisy
+TOLERANCE = 0.01  # root mean square difference allowed between simulator and record, in typical one-step changes
 PERTURBATION = 0.3  # standard deviation of perturbed actions, in half widths of the action space
 
 
@@ -68,7 +68,7 @@ class Simulator:
         return np.array(following)
 
     def add_noise(self, actions: np.ndarray, deviation: float, random: np.random.Generator) -> np.ndarray:
-        """What is executed where ``actions`` are intended, with process noise as ``collect_dataset.py`` adds it."""
+        """Returns the actions that are executed for intended ones: with noise added as ``collect_dataset.py`` does."""
         noise = deviation * random.standard_normal(actions.shape)
         return np.clip(actions + noise, self.low, self.high).astype(np.float32)
 
@@ -90,7 +90,7 @@ class RecordedStates:
 
     @classmethod
     def spread_over(cls, dataset: Dataset, indices: np.ndarray) -> RecordedStates:
-        """Takes rows at even distances from some trajectories.
+        """Takes rows, evenly spread, from some trajectories.
 
         Raises:
             InputError: If the dataset has no simulator states.
@@ -121,10 +121,10 @@ class Oracle:
     """A simulator that was found to reproduce the dataset.
 
     Attributes:
-        simulator: What knows the truth.
-        recorded: States to start from.
+        simulator: Computes true next states.
+        recorded: Recorded states to start from.
         process_noise: Standard deviation of the noise on executed actions that the data was collected with.
-        drawn: Next states drawn with that noise, ``(DRAWS, N, D)``; None without noise.
+        drawn: Next states of the recorded rows, drawn with that noise, ``(DRAWS, N, D)``; None without noise.
     """
 
     simulator: Simulator
@@ -162,7 +162,7 @@ def prepare_oracle(dataset: Dataset, indices: np.ndarray, scale: Scale, process_
 
 
 def _mismatch(recorded: np.ndarray, simulated: np.ndarray, scale: Scale) -> str | None:
-    """Says by how much recorded and simulated next states ``(N, D)`` differ, if it is too much."""
+    """Says how far recorded and simulated next states ``(N, D)`` differ, if that is too far; else None."""
     difference = float(metrics.rmse(scale.divide(simulated - recorded)))
     if difference <= TOLERANCE:
         return None
@@ -170,9 +170,10 @@ def _mismatch(recorded: np.ndarray, simulated: np.ndarray, scale: Scale) -> str 
 
 
 def _improbable(recorded: np.ndarray, drawn: np.ndarray, scale: Scale) -> str | None:
-    """Says how many recorded values are within the extremes of those drawn, ``(DRAWS, N, D)``, if they are too few.
+    """Says how many recorded values lie within the extremes of those drawn, ``(DRAWS, N, D)``, if too few; else None.
 
-    Of values drawn like ``n`` others, ``(n - 1) / (n + 1)`` lie between the others' extremes, whatever they follow.
+    A value from the same distribution as ``n`` drawn ones lies between their extremes with probability ``(n - 1) /
+    (n + 1)``, whatever the distribution.
     """
     value, low, high = (scale.divide(states) for states in (recorded, drawn.min(axis=0), drawn.max(axis=0)))
     inside = float(np.mean((value >= low - TOLERANCE) & (value <= high + TOLERANCE)))
@@ -186,9 +187,9 @@ def evaluate_oracle(ensemble: DynamicsEnsemble, oracle: Oracle, rows: Transition
     """Compares predictions with the simulator, on and off the data, from the same recorded states.
 
     Args:
-        ensemble: What is evaluated.
-        oracle: What knows the truth.
-        rows: What the residuals of members that predict points are taken from.
+        ensemble: The ensemble to evaluate.
+        oracle: The simulator, and recorded states.
+        rows: Rows to take residuals from, where members predict points.
         seed: Seed of the actions and of process noise.
 
     Returns:
@@ -210,7 +211,7 @@ def evaluate_oracle(ensemble: DynamicsEnsemble, oracle: Oracle, rows: Transition
 
 
 def off_data_actions(recorded: np.ndarray, simulator: Simulator, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Actions by kind, ``(N, action_dim)`` float32 each: the recorded ones, and three that the dataset never took."""
+    """Returns actions by kind, ``(N, action_dim)`` float32: the recorded ones, and three that are not in the data."""
     low, high = simulator.low, simulator.high
     perturbed = recorded + PERTURBATION * (high - low) / 2 * random.standard_normal(recorded.shape)
     kinds = {

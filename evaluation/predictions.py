@@ -1,8 +1,8 @@
-"""What an ensemble, and simple baselines, predict one step ahead for recorded rows.
+"""One-step predictions of an ensemble, and of a linear baseline, for recorded rows.
 
 Letters in shapes, here and in the whole package: ``E`` members, ``N`` rows, ``D`` state dimensions, ``L`` learned ones,
-which are those whose change varied in the training rows. (The others are predicted as that constant and left out of
-every score.)
+which are those whose change varied in the training rows. (The change of the others is predicted as constant, and they
+are left out of every score.)
 
 Predictions are NumPy arrays in normalised units: divided by the model's ``delta_scale``, the mean absolute deviation of
 the change in its training rows, so that 1 is a typical one-step change in every dimension.
@@ -19,7 +19,7 @@ import torch
 from data.trajectories import Dataset, Transitions, gather_transitions
 from dynamics_model import DynamicsEnsemble
 
-_MEMBER_ROWS_PER_CALL = 32768  # bounds the memory that the ensemble needs at a time
+_MEMBER_ROWS_PER_CALL = 32768  # rows times members that are predicted at once, which bounds the memory needed
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Rows:
         actions: ``(N, action_dim)``.
         next_states: ``(N, D)``.
         trajectory: Index of each row's trajectory in its dataset, ``(N,)``.
-        step: Place of each row in its trajectory, from 0, ``(N,)``.
-        steps_left: Transitions from each row to the end of its trajectory, the row's own included, ``(N,)``; 1 where
-            rows are in no order.
+        step: Index of each row in its trajectory, ``(N,)``.
+        steps_left: Transitions from each row to the end of its trajectory, its own included, ``(N,)``; 1 where rows
+            are in no order.
     """
 
     states: np.ndarray
@@ -48,7 +48,7 @@ class Rows:
 
 
 def gather_rows(dataset: Dataset, indices: np.ndarray) -> Rows:
-    """Returns the transitions of some trajectories with their places in time."""
+    """Returns the transitions of some trajectories, with the place of each in its trajectory."""
     transitions = gather_transitions(dataset, indices)
     lengths = np.array([dataset.trajectories[index].num_transitions for index in indices], dtype=np.int64)
     step = np.concatenate([np.arange(length) for length in lengths])
@@ -116,7 +116,7 @@ def predict_one_step(
     """Predicts every row with every member.
 
     Args:
-        ensemble: What predicts.
+        ensemble: The ensemble that predicts.
         states: ``(N, D)``, raw units.
         actions: ``(N, action_dim)``, raw units.
         next_states: The truth, ``(N, D)``, raw units.
@@ -136,7 +136,7 @@ def member_nll(ensemble: DynamicsEnsemble, change: np.ndarray, means: np.ndarray
     """Negative log-likelihood of the true change under each member, by the density of the ensemble's kind, in nats.
 
     Args:
-        ensemble: Whose members predicted.
+        ensemble: The ensemble that predicted.
         change: The truth, ``(N, L)``.
         means: ``(E, N, L)``, in the truth's unit.
         variances: ``(E, N, L)``, in its square; above 0.
@@ -154,11 +154,11 @@ def member_nll(ensemble: DynamicsEnsemble, change: np.ndarray, means: np.ndarray
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """What the ensemble is unsure of in each row, and what it gets wrong, in one unit.
+    """How unsure the ensemble is of each row and how wrong, in the same unit.
 
     Attributes:
         units: ``normalised`` or ``raw``.
-        measures: Each measure of disagreement that the ensemble's kind has, ``(N,)`` by name.
+        measures: The measures of disagreement that the ensemble's kind has, ``(N,)`` by name.
         error: L2 norm of the error of the ensemble's mean, ``(N,)``.
     """
 
@@ -194,7 +194,7 @@ def disagreements(ensemble: DynamicsEnsemble, means: np.ndarray, variances: np.n
 
 
 def _chunks(ensemble: DynamicsEnsemble, rows: int) -> Iterator[slice]:
-    """Cuts rows into pieces that all members together can take at a time."""
+    """Cuts rows into chunks that are small enough for all members at once."""
     size = max(_MEMBER_ROWS_PER_CALL // len(ensemble), 1)
     return (slice(start, start + size) for start in range(0, rows, size))
 
@@ -206,10 +206,10 @@ def predict_linearly(rows: Rows, scale: Scale, fold: np.ndarray, training: Trans
     """Predicts the change by least squares from states, actions and a constant.
 
     Args:
-        rows: What is predicted.
-        scale: Of the model that the baseline is compared with.
+        rows: The rows to predict.
+        scale: Scale of the ensemble that the baseline is compared with.
         fold: Fold of each row, ``(N,)``.
-        training: What the coefficients are fitted on; None fits them, for each fold, on the rows of the other folds.
+        training: Rows to fit the coefficients on; None fits them, for each fold, on the rows of the other folds.
 
     Returns:
         ``(N, L)``, normalised units; None where there is nothing to fit on.

@@ -1,7 +1,7 @@
-"""Open-loop rollouts along recorded actions: from a recorded state, the recorded actions lead to recorded states.
+"""Open-loop rollouts from recorded states along the recorded actions, so that the record is the truth.
 
-So no simulator is needed to know the truth. Letters in shapes: ``P`` particles, ``S`` start points, ``K`` steps, the
-others as in ``predictions.py``; errors and variances are in normalised units unless "raw" is said.
+Letters in shapes: ``P`` particles, ``S`` start points, ``K`` steps, the others as in ``predictions.py``; errors and
+variances are in normalised units where nothing else is said.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from evaluation import metrics
 from evaluation.predictions import Rows, Scale
 
 PARTICLES = 20  # per start point, at least; as many as PETS (Chua et al. 2018)
-LEFT, DIVERGED = 0.05, 1.0  # how far outside the data's range a state may be, in widths of the range
+LEFT, DIVERGED = 0.05, 1.0  # a path farther outside the data's range has left it or diverged, in widths of the range
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class StateRange:
 
     @classmethod
     def of(cls, dataset: Dataset) -> StateRange:
-        """Takes every recorded state of a dataset."""
+        """Returns the range of all recorded states of a dataset."""
         recorded = [part for t in dataset.trajectories for part in (t.observations, t.next_observations)]
         states = [part for part in recorded if part is not None]
         return cls(np.min([s.min(axis=0) for s in states], axis=0), np.max([s.max(axis=0) for s in states], axis=0))
 
     def is_left_by(self, states: np.ndarray, widths: float, dims: np.ndarray) -> np.ndarray:
-        """Whether states ``(..., D)`` are outside in any of ``dims``, by more than so many widths of the range."""
+        """Whether states ``(..., D)`` are outside by more than so many widths of the range, in any of ``dims``."""
         margin = widths * (self.high - self.low)[dims]
         is_inside = (states[..., dims] >= self.low[dims] - margin) & (states[..., dims] <= self.high[dims] + margin)
         return ~is_inside.all(axis=-1)  # so that nan counts as outside
@@ -91,14 +91,14 @@ def forecast_all(
     """Forecasts with every propagation, with single members, and with the baseline that nothing changes.
 
     Args:
-        ensemble: What forecasts.
-        rows: The truth.
+        ensemble: The ensemble that forecasts.
+        rows: Recorded states and actions.
         starts: Row indices of start points, those with most steps left first, ``(S,)``.
         horizon: Steps to go at most; fewer where no trajectory is so long.
-        completion: What the members' one-step variances lack, ``(E, N, L)``. It widens the forecasts of ``ts1`` and
-            ``tsinf`` once, as the error of their last step.
+        completion: What ``calibration.completion`` adds to the members' variances, ``(E, N, L)``. It is added once to
+            each forecast of ``ts1`` and ``tsinf``, for the error of the last step.
         state_range: The range that rollouts may leave.
-        seed: Seed of noise and dealing.
+        seed: Seed of draws and of dealing members.
 
     Returns:
         Forecasts by propagation: ``no_change``, ``mean``, ``ts1``, ``tsinf``, ``member_0``, ``member_1``, ...
@@ -137,7 +137,7 @@ def roll_out(
     forecasts = len(ensemble) if propagation == "member" else 1
     shape = (forecasts, min(horizon, steps_left.max()), len(starts))
     error = np.full((*shape, len(scale.learned)), np.nan)
-    variance = np.full_like(error[:1], np.nan)  # several forecasts are those of single members, which are points
+    variance = np.full_like(error[:1], np.nan)  # single members' forecasts are points: all their variances are nan
     left_range, diverged = np.full((2, *shape), np.nan)
     has_left, has_diverged = np.zeros((2, 1, len(starts)), dtype=bool)
     for step, state in enumerate(simulate(ensemble, rows, starts, shape[1], propagation, seed)):
@@ -156,12 +156,12 @@ def roll_out(
 
 @dataclass(frozen=True)
 class SimulatedStates:
-    """The states of one step of a simulation, raw units, of the ``S`` start points whose trajectories last so long.
+    """One step of a simulation: the states of the ``S`` start points whose trajectories last so long, raw units.
 
     Attributes:
-        particles: Where each simulated path is, ``(P, S, D)``.
-        mean: Mean of the forecast that the paths make, ``(forecasts, S, D)``.
-        variance: Its variance, ``(1, S, D)``; nan where forecasts are points.
+        particles: State of each simulated path, ``(P, S, D)``.
+        mean: Mean of each forecast, ``(forecasts, S, D)``.
+        variance: Variance of the forecast, ``(1, S, D)``; nan where forecasts are points.
     """
 
     particles: np.ndarray
@@ -211,7 +211,7 @@ def _mix(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def persist(rows: Rows, starts: np.ndarray, horizon: int, scale: Scale) -> Forecast:
-    """Forecasts that the state stays what it is at the start: the baseline that every rollout should beat."""
+    """Forecasts that the state never changes: the baseline that every rollout should beat."""
     steps = np.arange(min(horizon, rows.steps_left[starts].max()))[:, None]  # (K, 1)
     is_alive = steps < rows.steps_left[starts]  # (K, S)
     at = np.where(is_alive, starts + steps, 0)

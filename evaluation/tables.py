@@ -37,7 +37,7 @@ from utils import InputError
 Tables = dict[str, pd.DataFrame]
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # of the central intervals whose coverage is shown
-BAND = 0.9  # level of the band whose coverage decides the calibrated horizon
+BAND = 0.9  # level of the band for which rollouts are said to be calibrated
 QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9}
 _PIT_BINS = 20
 _KEPT_SHARES = np.arange(0.02, 1.001, 0.02)  # shares of rows at which risk-coverage curves are shown
@@ -51,10 +51,10 @@ def one_step_table(
     """Errors of the ensemble's mean, of its members and of baselines.
 
     Args:
-        one_step: What the members predict.
-        linear: What the linear baseline predicts, ``(N, L)``; None where it could not be fitted.
+        one_step: Predictions of the members.
+        linear: Predictions of the linear baseline, ``(N, L)``; None where it could not be fitted.
         elites: Members whose mean is scored, too, unless they are all.
-        scale: Of the ensemble.
+        scale: Scale of the ensemble.
 
     Returns:
         - predictor: ``ensemble``, ``elites``, ``member_0``, ``member_1``, ..., ``linear`` or ``no_change``;
@@ -85,11 +85,11 @@ def one_step_table(
 
 
 def ensemble_size_table(one_step: OneStep) -> pd.DataFrame:
-    """Error of the mean of so many members.
+    """Error of the mean of a subset of the members, by the subset's size.
 
     Returns:
-        - members: how many;
-        - rmse: root of the mean squared error that all subsets of that size have on average.
+        - members: how many are in the subset;
+        - rmse: root of the mean squared error, averaged over all subsets of that size.
     """
     rmse = np.sqrt(metrics.subset_mse(one_step.errors).mean(axis=(1, 2)))
     return pd.DataFrame({"members": np.arange(1, len(rmse) + 1), "rmse": rmse})
@@ -151,23 +151,23 @@ def likelihood_table(scores: Mapping[str, Scores], scale: Scale) -> pd.DataFrame
             {
                 "prediction": prediction,
                 "dimension": _dimensions(scale),
-                "nll": _with_all(of.nll.mean(axis=0)),
-                "nll_raw": _with_all(of.nll.mean(axis=0) + np.log(scale.factor)),
-                "crps": _with_all(of.crps.mean(axis=0)),
-                "crps_raw": _with_all(of.crps.mean(axis=0) * scale.factor),
+                "nll": _with_all(values.nll.mean(axis=0)),
+                "nll_raw": _with_all(values.nll.mean(axis=0) + np.log(scale.factor)),
+                "crps": _with_all(values.crps.mean(axis=0)),
+                "crps_raw": _with_all(values.crps.mean(axis=0) * scale.factor),
             }
         )
-        for prediction, of in scores.items()
+        for prediction, values in scores.items()
     )
 
 
 def calibration_table(calibrated: Calibrated, scale: Scale) -> pd.DataFrame:
-    """Whether errors are as large as the matching Gaussian says; of all dimensions together, the mean over them.
+    """Whether errors are as large as the matching Gaussian says; the line ``all`` is the mean over dimensions.
 
     Returns:
         - variant: ``raw``, as predicted, or ``recalibrated``;
         - dimension;
-        - scale: what standard deviations were multiplied by, mean over rows;
+        - scale: factor that standard deviations were multiplied by, mean over rows;
         - mean_z2: mean square of standardised errors; 1 is calibrated;
         - ece: expected calibration error;
         - coverage_50, coverage_80, coverage_90, coverage_95: share of truths inside the central interval.
@@ -218,7 +218,7 @@ def pit_table(calibrated: Calibrated) -> pd.DataFrame:
 
 
 def bounds_table(ensemble: DynamicsEnsemble, one_step: OneStep, scale: Scale) -> pd.DataFrame:
-    """How many of the predicted variances are at a bound that the ensemble has learned; empty where it learns none.
+    """How many predicted variances are at a bound that the ensemble has learned; empty for kinds without such bounds.
 
     Returns:
         - dimension;
@@ -263,20 +263,20 @@ def uncertainty_table(uncertainties: Sequence[Uncertainty]) -> pd.DataFrame:
         - units: ``normalised`` or ``raw``;
         - spearman, pearson: rank and linear correlation of measure and error;
         - auroc_worst: AUROC of finding the worst tenth of errors;
-        - risk_reduction: 1 is ordered like the error itself, 0 like chance.
+        - risk_reduction: 1 if ordered like the error itself, 0 if at random.
     """
     return pd.DataFrame(
         [
             {
                 "measure": measure,
-                "units": of.units,
-                "spearman": metrics.spearman(values, of.error),
-                "pearson": metrics.pearson(values, of.error),
-                "auroc_worst": metrics.auroc_of_worst(values, of.error),
-                "risk_reduction": metrics.risk_reduction(values, of.error),
+                "units": uncertainty.units,
+                "spearman": metrics.spearman(values, uncertainty.error),
+                "pearson": metrics.pearson(values, uncertainty.error),
+                "auroc_worst": metrics.auroc_of_worst(values, uncertainty.error),
+                "risk_reduction": metrics.risk_reduction(values, uncertainty.error),
             }
-            for of in uncertainties
-            for measure, values in of.measures.items()
+            for uncertainty in uncertainties
+            for measure, values in uncertainty.measures.items()
         ]
     )
 
@@ -285,17 +285,18 @@ def risk_coverage_table(uncertainties: Sequence[Uncertainty]) -> pd.DataFrame:
     """Mean error of the most certain rows.
 
     Returns:
-        - measure: which orders the rows; ``error`` is the best order there is;
+        - measure: the measure that orders the rows; ``error`` itself gives the best order there is;
         - units: ``normalised`` or ``raw``;
-        - share: how many of the rows are kept, the most certain first;
-        - risk: the mean error of these.
+        - share: share of the rows that is kept, the most certain first;
+        - risk: mean error of the kept rows.
     """
     tables = []
-    for of in uncertainties:
-        last = np.maximum(np.round(_KEPT_SHARES * len(of.error)).astype(int), 1) - 1
-        for measure, values in (of.measures | {"error": of.error}).items():
-            risk = metrics.risk_coverage(values, of.error)[last]
-            columns = {"measure": measure, "units": of.units, "share": _KEPT_SHARES.round(2), "risk": risk}
+    for uncertainty in uncertainties:
+        error, units = uncertainty.error, uncertainty.units
+        last = np.maximum(np.round(_KEPT_SHARES * len(error)).astype(int), 1) - 1
+        for measure, values in (uncertainty.measures | {"error": error}).items():
+            risk = metrics.risk_coverage(values, error)[last]
+            columns = {"measure": measure, "units": units, "share": _KEPT_SHARES.round(2), "risk": risk}
             tables.append(pd.DataFrame(columns))
     return _joined(tables)
 
@@ -304,15 +305,15 @@ def ood_table(ensemble: DynamicsEnsemble, inside: Sequence[Uncertainty], ood_row
     """How well each measure of disagreement tells rows of other datasets from the evaluated ones.
 
     Args:
-        ensemble: What is evaluated.
-        inside: How unsure it is of the evaluated rows.
+        ensemble: The ensemble.
+        inside: Its uncertainty about the evaluated rows.
         ood_rows: Rows of other datasets, by name.
 
     Returns:
         - dataset: the other dataset;
         - measure, units: as in ``uncertainty_table``;
         - auroc: probability that the measure is larger for a row of the other dataset;
-        - rows: how many rows of the other dataset were taken;
+        - rows: how many rows of the other dataset were used;
         - rmse: error of the ensemble's mean on them.
     """
     records = []
@@ -335,7 +336,7 @@ def trajectory_table(rows: Rows, one_step: OneStep, scores: Mapping[str, Scores]
 
     Returns:
         - trajectory: its index in the dataset;
-        - rows: how many it has;
+        - rows: its number of transitions;
         - mse: squared error of the ensemble's mean, mean over rows and dimensions;
         - crps: of the mixture, the same mean;
         - crps_recalibrated: of the recalibrated Gaussian, the same mean; nan where there is none.
@@ -355,10 +356,10 @@ def trajectory_table(rows: Rows, one_step: OneStep, scores: Mapping[str, Scores]
 
 
 def rollout_table(forecasts: Mapping[str, Forecast], trajectory: np.ndarray) -> pd.DataFrame:
-    """Errors, spreads and paths gone astray, over start points, at every step.
+    """Errors, spreads and shares of paths that went astray, over start points, at every step.
 
-    Quantiles are observed values (the smallest one with at least that share of start points at or below it), so that
-    infinite errors do no harm.
+    Quantiles are observed values (the smallest one with at least that share of start points at or below it), since
+    interpolation fails where errors are infinite.
 
     Args:
         forecasts: By propagation.
@@ -370,7 +371,7 @@ def rollout_table(forecasts: Mapping[str, Forecast], trajectory: np.ndarray) -> 
         - starts, trajectories: start points whose trajectory lasts so long, and how many trajectories they are of;
         - q10, q25, median, q75, q90: quantiles of the error of the forecast's mean;
         - spread: median standard deviation of the forecast; nan where it is a point;
-        - left_range, diverged: share of simulated paths that have left the data's range, or gone far outside.
+        - left_range, diverged: share of simulated paths that have left the data's range, and that have diverged.
     """
     records = []
     for propagation, forecast in forecasts.items():
@@ -447,7 +448,7 @@ def rollout_coverage_table(forecasts: Mapping[str, Forecast], trajectory: np.nda
 
 
 def calibrated_horizon_table(coverage: pd.DataFrame) -> pd.DataFrame:
-    """For how many steps the 90 % band keeps its promise.
+    """For how many steps the 90 % band covers what it promises.
 
     Args:
         coverage: A ``rollout_coverage_table``.
@@ -455,7 +456,7 @@ def calibrated_horizon_table(coverage: pd.DataFrame) -> pd.DataFrame:
     Returns:
         - propagation, variant: as there;
         - horizon: steps for which coverage stays at or above 90 % minus two standard errors;
-        - checked: steps that could be checked, which takes two trajectories or more.
+        - checked: steps that could be checked: those that two or more trajectories reach.
     """
     records = []
     for (propagation, variant), table in coverage.groupby(["propagation", "variant"], sort=False):
@@ -474,7 +475,7 @@ def start_table(
         forecasts: By propagation.
         horizons: Steps from the start.
         trajectory: Trajectory of each start point, ``(S,)``.
-        step: Place of each start point in its trajectory, ``(S,)``.
+        step: Index of each start point in its trajectory, ``(S,)``.
 
     Returns:
         - propagation;
@@ -500,9 +501,9 @@ def oracle_table(
     """Predictions against the simulator's truth, for actions on and off the data.
 
     Args:
-        ensemble: What predicted.
-        predictions: By kind of actions, those that the dataset took first.
-        completion: What the members' variances lack, ``(E, 1, L)`` or 0.
+        ensemble: The ensemble that predicted.
+        predictions: By kind of actions, the recorded ones first.
+        completion: Added to the members' variances to make distributions of points, ``(E, 1, L)`` or 0.
 
     Returns:
         - actions: ``recorded``, ``perturbed``, ``mirrored`` or ``random``;
@@ -512,7 +513,7 @@ def oracle_table(
         - predicted_std: standard deviation of the matching Gaussian, root mean square;
         - mean_z2, coverage_90: of the matching Gaussian, as in ``calibration_table``;
         - mean_MEASURE, spearman_MEASURE, auroc_MEASURE, for each measure of disagreement, normalised units: its mean,
-          its rank correlation with the error, and the AUROC of telling these actions from those that the dataset took.
+          its rank correlation with the error, and the AUROC of telling these actions from the recorded ones.
     """
     records, on_data = [], {}
     for actions, one_step in predictions.items():
@@ -546,14 +547,14 @@ def oracle_noise_table(
 
     Args:
         one_step: Predictions of the ensemble.
-        completion: What the members' variances lack, ``(E, 1, L)`` or 0.
+        completion: Added to the members' variances to make distributions of points, ``(E, 1, L)`` or 0.
         true: Variance of the simulator's next state, ``(N, L)``.
         scale: Of the ensemble.
 
     Returns:
         - dimension;
         - true: standard deviation of the simulator's next state, root mean square over rows;
-        - predicted: standard deviation that members predict, likewise;
+        - predicted: standard deviation that members predict, root mean square over rows and members;
         - spearman: rank correlation of the two variances over rows.
     """
     predicted = (one_step.variances + completion).mean(axis=0)
@@ -574,14 +575,14 @@ def cross_dataset_table(models: Iterable[Model], datasets: Sequence[Dataset], se
     """Errors of every model on every dataset, on rows that it has not seen.
 
     Args:
-        models: What is evaluated.
-        datasets: What it is evaluated on.
+        models: The models to evaluate.
+        datasets: The datasets to evaluate each of them on.
         seed: Seed of the draw of trajectories where there are too many.
 
     Returns:
         - model, dataset: their names;
         - trained_on: whether the model was trained on the dataset;
-        - rows: how many; nan, like the errors, where the model has seen all;
+        - rows: how many; nan, like the errors, where the model has seen them all;
         - rmse: error of the ensemble's mean over the learned dimensions that vary in the dataset, each divided by the
           mean absolute deviation of its change there (the standard deviation where it moves rarely): a unit that does
           not depend on the model;
