@@ -288,10 +288,10 @@ def _find_constants(dataset: Dataset, sample: _Sample) -> list[Finding]:
 
 
 def moves_rarely(standard_deviation: np.ndarray, mean_absolute_deviation: np.ndarray) -> np.ndarray:
-    """Whether dimensions move in a handful of rows only: then the mean absolute deviation is no fair unit of a move.
+    """Whether dimensions move, or move far, in a handful of rows only: then the mean absolute deviation is no fair unit.
 
-    It is where the standard deviation is more than three times as large; in a Gaussian that is 1.25 times, in a Laplace
-    distribution 1.41 times, and where one row in 400 has a step, ten times.
+    It is where the standard deviation is more than three times as large. A Gaussian's is 1.25 times, that of a Laplace
+    distribution 1.41 times, and where one row in 400 has a step and the others none, it is ten times.
     """
     return standard_deviation > 3.0 * mean_absolute_deviation
 
@@ -313,11 +313,11 @@ def _find_rare_moves(dataset: Dataset, sample: _Sample) -> list[Finding]:
     moves = [f"{index} ({count:,} of {dataset.num_transitions:,} transitions)" for index, count in rare.items()]
     more = f" and {len(moves) - 3:,} more" if len(moves) > 3 else ""
     found = Finding(
-        name="dimensions that move rarely",
+        name="dimensions with rare large moves",
         count=len(rare),
         where=f"state dimension{'s' if len(rare) > 1 else ''} {', '.join(moves[:3])}{more}",
-        effect="their mean absolute deviation is tiny, so each move would outweigh all else in loss and selection: "
-        "they are scaled by their standard deviation",
+        effect="in units of the mean absolute deviation each such move would outweigh all else in loss and selection, "
+        "so they are scaled by the standard deviation",
         advice="judge them by the scores of their own: a model can have small errors and miss every move",
         matters=True,
     )

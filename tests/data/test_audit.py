@@ -133,7 +133,7 @@ def test_a_dimension_that_moves_once_in_many_rows_is_not_constant():
     walks[4].observations[4001:, 1], walks[5].actions[17, 1] = 1.25, 0.5
     found = found_in(walks)
     assert {"constant state dimensions", "constant action dimensions"}.isdisjoint(found)
-    rare = found["dimensions that move rarely"]
+    rare = found["dimensions with rare large moves"]
     assert (rare.count, rare.where, rare.matters) == (1, "state dimension 1 (1 of 30,000 transitions)", True)
 
 
@@ -141,7 +141,7 @@ def test_a_door_that_opens_once_moves_rarely():
     walks = random_walks([400] * 6)
     for index, walk in enumerate(walks):
         walk.observations[:, 2] = 0.3 * (np.arange(401) > 100 + 30 * index)
-    assert found_in(walks)["dimensions that move rarely"].where == "state dimension 2 (6 of 2,400 transitions)"
+    assert found_in(walks)["dimensions with rare large moves"].where == "state dimension 2 (6 of 2,400 transitions)"
 
 
 @pytest.mark.parametrize(
