@@ -1,1 +1,1 @@
-"""Comparing ensembles: a grid of trainings, its paired statistics and its report."""
+"""Studies, which compare ensembles: a grid of trainings, paired statistics and a report."""

@@ -44,11 +44,11 @@ POOLED = "all datasets"
 LONGEST_HORIZON = 25
 _PAIRED = ["metric", "arm", "reference", "dataset", "horizon", "pairs", "trajectories", "ratio", "low", "high"]
 _PAIRED += ["p_value", "p_holm"]
-_ERROR_CAP = 1e6  # what the error of a rollout counts at most: it may overflow
+_ERROR_CAP = 1e6  # the largest error of a rollout that is counted as it is: diverged ones may overflow
 
 Tables = dict[str, pd.DataFrame]
 Results = Mapping[CellKey, Result]
-"""Results by their place in the grid; a cell that has not run is not there."""
+"""Results by their place in the grid, of the cells that have run."""
 
 
 class ErrorKey(NamedTuple):
@@ -61,11 +61,11 @@ class ErrorKey(NamedTuple):
 
 @dataclass(frozen=True)
 class LogErrors:
-    """Log of one error of one arm on one dataset.
+    """Logarithms of one error of one arm on one dataset.
 
     Attributes:
-        by_seed: Of all test trajectories, by seed; seeds whose training failed are left out.
-        replicates: The same under resampled trajectories, ``(B,)`` by seed; all arms and seeds share the draws.
+        by_seed: On all test trajectories, by seed; seeds whose training failed are left out.
+        replicates: On resampled trajectories, ``(B,)`` by seed; all arms and seeds share the draws.
         trajectories: How many test trajectories there are.
     """
 
@@ -74,7 +74,7 @@ class LogErrors:
     trajectories: int
 
     def minus(self, other: LogErrors) -> LogErrors:
-        """Returns the paired log ratio, of the seeds that both have."""
+        """Returns the paired log ratios, for the seeds that both have."""
         seeds = [seed for seed in self.by_seed if seed in other.by_seed]
         return LogErrors(
             {seed: self.by_seed[seed] - other.by_seed[seed] for seed in seeds},
@@ -131,9 +131,9 @@ def log_errors(results: Results, wanted: ErrorKey, horizon: int) -> LogErrors:
     """Gathers one error of one arm on one dataset, by seed.
 
     Args:
-        results: Of the study.
-        wanted: Which error.
-        horizon: Steps at which the error of rollouts is taken.
+        results: Results of the study.
+        wanted: The error to gather.
+        horizon: Steps after which the error of rollouts is taken.
     """
     by_seed, replicates, trajectories = {}, {}, 0
     for key, result in results.items():
@@ -144,12 +144,12 @@ def log_errors(results: Results, wanted: ErrorKey, horizon: int) -> LogErrors:
 
 @functools.lru_cache
 def _trajectory_counts(trajectories: int) -> np.ndarray:
-    """Returns how often each trajectory counts, ``(1 + B, T)``: once in the first row, as resampled in the others."""
+    """Returns how often each trajectory counts, ``(1 + B, T)``: once in row 0, and as often as drawn in the others."""
     return np.vstack([np.ones(trajectories), resample_counts(trajectories, REPLICATES, seed=0)])
 
 
 def _log_values(result: Result, metric: str, horizon: int) -> tuple[float, np.ndarray, int]:
-    """Returns the log of an error, its replicates ``(B,)`` and the number of trajectories."""
+    """Returns the log of an error, the same under resampling ``(B,)``, and the number of trajectories."""
     if metric == "rollout_error":
         table = result.tables["starts"].query("horizon == @horizon")
         values, weights, combine = table.error.clip(upper=_ERROR_CAP), np.ones(len(table)), weighted_median
@@ -279,7 +279,7 @@ def compare_errors(pairs: Pairs) -> list[dict[str, Any]]:
 def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
     """Returns the ratio of standard deviations over seeds on each dataset that has two pairs of runs, and the mean.
 
-    Seeds are the only random factor here: the spread is the one on these test trajectories.
+    Seeds are the only random factor here: the spread is that on these very test trajectories.
     """
     records, spreads = [], []
     for dataset, (arm, reference) in pairs.items():
@@ -292,7 +292,7 @@ def compare_stability(pairs: Pairs) -> list[dict[str, Any]]:
 
 
 def _pooled(records: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
-    """Returns the line for all datasets; it has no p-value, as it only sums up these datasets."""
+    """Returns the line for all datasets; it has no p-value, as it claims nothing beyond these datasets."""
     if not records:
         return []
     pairs = sum(record["pairs"] for record in records)
@@ -300,7 +300,7 @@ def _pooled(records: list[dict[str, Any]], estimates: list[Estimate]) -> list[di
 
 
 def aggregate_tables(cells: pd.DataFrame, arms: Sequence[str], datasets: Sequence[str]) -> Tables:
-    """Sums up the seeds that have run everywhere, unpaired; a training that failed loses every comparison.
+    """Summarises the seeds that have run in every cell, unpaired; a failed training loses every comparison.
 
     Returns:
         Two tables:
@@ -332,7 +332,7 @@ def aggregate_tables(cells: pd.DataFrame, arms: Sequence[str], datasets: Sequenc
 
 
 def stability_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Sums up how unstable each arm is on each dataset: means over the seeds whose training did not fail.
+    """Summarises how unstable each arm is on each dataset: means over the seeds whose training did not fail.
 
     Returns:
         arm, dataset, runs, failed (how many), sd_log_nrmse (standard deviation over seeds of the log of the one-step
@@ -347,11 +347,11 @@ def stability_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def horizon_table(results: Results) -> pd.DataFrame:
-    """Follows the error of rollouts over the horizon.
+    """Lists the errors of rollouts at every step.
 
     Returns:
         arm, dataset, propagation, horizon, error (geometric mean over seeds of the median over start points), low, high
-        (smallest and largest seed).
+        (the same median of the best and of the worst seed).
     """
     table = _of_all_cells(results, "rollout")
     table["error"] = table["median"].clip(upper=_ERROR_CAP)
@@ -378,7 +378,7 @@ def _of_all_cells(results: Results, name: str) -> pd.DataFrame:
 
 
 def _exponentials(estimate: Estimate, name: str) -> dict[str, float]:
-    """Returns an estimate of a log, and its limits, as values again."""
+    """Returns the exponentials of an estimated logarithm and of its limits."""
     return {name: np.exp(estimate.mean), "low": np.exp(estimate.low), "high": np.exp(estimate.high)}
 
 

@@ -49,7 +49,7 @@ _KEPT = {
 
 
 class CellKey(NamedTuple):
-    """The place of a cell in the grid; the dataset is named as in tables."""
+    """The place of a cell in the grid; ``dataset`` is its short name, as in tables."""
 
     arm: str
     dataset: str
@@ -58,16 +58,16 @@ class CellKey(NamedTuple):
 
 @dataclass(frozen=True)
 class CellRequest:
-    """Everything that decides the result of a cell.
+    """Everything that determines the result of a cell.
 
     Attributes:
         arm: Name of the configuration.
         dataset: Name of the dataset, as it was given.
         sha256: Checksum of the dataset.
-        holdout_ratio: Share of the trajectories that validates.
-        test_ratio: Share of the trajectories that tests.
-        device: Where it is computed.
-        threads: Threads that compute; the last bits of sums may depend on their number.
+        holdout_ratio: Share of the trajectories to validate on.
+        test_ratio: Share of the trajectories to test on.
+        device: Where to compute.
+        threads: Threads to compute with; the last bits of sums may depend on their number.
         config: Settings, seed and learning rate included.
     """
 
@@ -81,20 +81,20 @@ class CellRequest:
     config: LearnConfig
 
     def settings(self) -> dict[str, Any]:
-        """Returns everything by name, in plain types, the settings of the configuration among the rest."""
+        """Returns everything by name, in plain types; the configuration's settings stand among the rest."""
         return {name: value for name, value in vars(self).items() if name != "config"} | self.config.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the request as JSON keeps it."""
+        """Returns the request as a dictionary for JSON."""
         return {**vars(self), "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> CellRequest:
-        """Reads a request back; a setting that did not exist yet when it was written has its default.
+        """Reads a request back; a setting that did not exist yet when it was written gets its default.
 
         Args:
-            values: What ``to_dict`` gave.
-            source: Where they come from, for the error message.
+            values: What ``to_dict`` returned.
+            source: Where the values come from, for the error message.
 
         Raises:
             InputError: If there is a setting that does not exist any more.
@@ -104,7 +104,7 @@ class CellRequest:
 
 @dataclass(frozen=True)
 class Cell:
-    """A training to do, and where it stands in a study.
+    """A training to do, and its place in a study.
 
     Attributes:
         arm: Name of the configuration.
@@ -135,7 +135,7 @@ class Cell:
         return f"cells/{self.arm}/{short_name(self.dataset)}/seed-{self.config.seed}"
 
     def request(self, sha256: str) -> CellRequest:
-        """Returns what decides the result on a dataset with this checksum; a cell is done only where this is equal."""
+        """Returns what determines the result on a dataset with this checksum: a finished cell was asked for the same."""
         return CellRequest(
             self.arm, self.dataset, sha256, HOLDOUT_RATIO, TEST_RATIO, self.device, self.threads, self.config
         )
@@ -151,7 +151,7 @@ def split_dataset(dataset: Dataset, split_seed: int) -> Split:
     return split_trajectories(dataset, split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
 
 
-# --- What became of it ---
+# --- The result ---
 
 
 @dataclass(frozen=True)
@@ -180,22 +180,22 @@ class CellRecord:
     origin: Origin
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record as JSON keeps it."""
+        """Returns the record as a dictionary for JSON."""
         return {"request": self.request.to_dict(), "outcome": vars(self.outcome), "origin": vars(self.origin)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> CellRecord:
-        """Reads a record back, from what ``to_dict`` gave and the name of where it was kept."""
+        """Reads back what ``to_dict`` returned; the source is named in error messages."""
         request = CellRequest.from_dict(values["request"], source)
         return cls(request, CellOutcome(**values["outcome"]), Origin(**values["origin"]))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell left.
+    """The result of a cell.
 
     Attributes:
-        record: What ``cell.json`` holds.
+        record: The contents of ``cell.json``.
         tables: By name: ``training`` (one row per epoch and member, as ``learn_model.py`` writes them) and, of a cell
             that was tested, tables of ``evaluation.evaluate``.
     """
@@ -209,7 +209,7 @@ class Result:
         return self.record.outcome.failure
 
     def write(self, folder: Path) -> None:
-        """Makes a folder with ``cell.json`` and a CSV file per table; it appears whole or not at all."""
+        """Writes a folder with ``cell.json`` and a CSV file per table; it appears whole or not at all."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -234,11 +234,11 @@ def read_record(folder: Path) -> CellRecord:
     return CellRecord.from_dict(json.loads(path.read_text(encoding="utf-8")), source=str(path))
 
 
-# --- Running it ---
+# --- Running a cell ---
 
 
 def run_cell(cell: Cell, dataset: Dataset) -> Result:
-    """Trains and evaluates one cell on the dataset that it names; a training that diverges is a result, too."""
+    """Trains and evaluates one cell on its dataset; that training diverged is a result, too."""
     start, training = time.monotonic(), []
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
@@ -264,7 +264,7 @@ def _train_and_evaluate(
     Args:
         cell: What to train and evaluate.
         dataset: The dataset that it names.
-        training: Gets the rows of ``training.csv``, as far as training comes.
+        training: Filled with the rows of ``training.csv``; the caller has them even if training fails.
     """
     split = split_dataset(dataset, cell.config.split_seed)
     transitions = gather_transitions(dataset, split.train)

@@ -1,4 +1,4 @@
-"""Where the cells of a study run: here, one after another, or side by side on a Ray cluster."""
+"""Engines, which run the cells of a study: here, one after another, or side by side on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from utils import ROOT, InputError
 Engine = Callable[[Sequence[Cell], Datasets, CellStore], Iterator[Cell]]
 """Runs cells, keeps their results in the store, and yields each cell whose result is there."""
 
-# What Ray need not send to its workers: they get datasets as objects, and tests, results and logs are not theirs.
+# What Ray does not send to its workers: they get datasets as objects, and need no tests, results or logs.
 _NOT_SHIPPED = ["/.git/", "/.venv/", "/data/bundled/", "/data/policies/", "/logs/", "/mlruns/", "/mlflow.db*"]
 _NOT_SHIPPED += ["/reports/", "/results/", "/tests/", "*.hdf5", "*.pkl"]
-_RETRIES = 5  # of a cell whose worker is lost
+_RETRIES = 5  # how often a cell runs again whose worker was lost
 
 
 class Finished(NamedTuple):
     """A cell with its result.
 
     Attributes:
-        cell: What was asked for.
-        result: What became of it.
-        is_new: Whether it has run now; False where it was done before.
+        cell: The cell.
+        result: Its result.
+        is_new: Whether it has run just now; False if it was done before.
     """
 
     cell: Cell
@@ -36,7 +36,7 @@ class Finished(NamedTuple):
 
 
 def run_missing(cells: Sequence[Cell], datasets: Datasets, store: CellStore, engine: Engine) -> Iterator[Finished]:
-    """Runs the cells that are not done, and yields all of them with their results, those that were done first."""
+    """Runs the cells that are not done yet, and yields all cells with their results: first those that were done."""
     is_done = {cell: cell.name in store for cell in cells}
     for cell in (cell for cell in cells if is_done[cell]):
         yield Finished(cell, store.read(cell.name), is_new=False)
@@ -45,13 +45,13 @@ def run_missing(cells: Sequence[Cell], datasets: Datasets, store: CellStore, eng
 
 
 def run_nothing(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> Iterator[Cell]:
-    """Leaves cells that are missing missing."""
+    """Runs no cell: what is missing stays missing."""
     return iter(())
 
 
 def run_locally(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> Iterator[Cell]:
     """Runs cells one after another; those that another process is running come last, and are waited for."""
-    for timeout in (0, -1):  # the second time without end
+    for timeout in (0, -1):  # -1 waits without limit
         held = []
         for cell in cells:
             try:
@@ -69,7 +69,7 @@ def connect_ray(address: str | None, threads: int) -> Engine:
     """Connects to a Ray cluster and returns the engine that runs cells on it.
 
     Args:
-        address: Of the cluster, as ``HOST:PORT``; None takes the one of ``RAY_ADDRESS`` or of this machine.
+        address: The cluster's address, as ``HOST:PORT``; None takes that in ``RAY_ADDRESS``, or this machine's.
         threads: Threads of a cell.
 
     Raises:
@@ -91,7 +91,7 @@ def connect_ray(address: str | None, threads: int) -> Engine:
 
 
 def _run_on_ray(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> Iterator[Cell]:
-    """Runs cells side by side; a cell whose worker is lost runs again elsewhere, until it has lost too many."""
+    """Runs cells side by side; a cell whose worker is lost runs again elsewhere, a few times at most."""
     import ray
 
     remote = ray.remote(run_cell)

@@ -1,4 +1,4 @@
-"""Figures of a study, from the tables of ``study.analysis``; an arm, or a pair of arms, has the same colour in all."""
+"""Figures of a study, from the tables of ``study.analysis``; an arm (or a pair of arms) keeps its colour in all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = {
 }
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 _MARKERS = "osD^vP"
-_LEAST_SPAN = 1.5  # highest over lowest value of the axis of a figure about spread, so that what is close looks close
+_LEAST_SPAN = 1.5  # least ratio of the limits of an axis that shows spreads, so that close values look close
 
 
 def draw_figures(tables: Tables) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def draw_horizon(table: pd.DataFrame, paired: pd.DataFrame) -> Figure:
         if dataset in primary.index:
             axes.axvline(primary[dataset], color=GREY, lw=0.8)
         axes.set(title=dataset, xlabel="steps", xscale="log", yscale="log")
-        axes.set_ylim(top=min(axes.get_ylim()[1], 30 * still.error.max()))  # exploded rollouts leave the picture
+        axes.set_ylim(top=min(axes.get_ylim()[1], 30 * still.error.max()))  # diverged rollouts leave the picture
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
     panels[0].set_ylabel("error (median over starts)")

@@ -39,10 +39,10 @@ class Grid:
     """What a study compares.
 
     Attributes:
-        arms: Configurations by name; seeds and the learning rate of a cell are the study's.
+        arms: Configurations by name; the study replaces their seeds and learning rates by those of each cell.
         datasets: Names of the datasets, as they were given.
-        seeds: The seeds are 0 to ``seeds - 1``.
-        split_seed: Seed of the split into trajectories, the same for every cell.
+        seeds: How many seeds there are, 0 to ``seeds - 1``.
+        split_seed: Seed of the split by trajectories, the same for every cell.
         device: Where to compute.
         threads: Threads of every cell.
     """
@@ -67,10 +67,10 @@ class Grid:
         ]
 
     def cells(self, rates: pd.DataFrame) -> list[Cell]:
-        """Lists the cells of the study, seed by seed: a study cut short has whole seeds.
+        """Lists the cells of the study, seed by seed, so that a study that is cut short has whole seeds.
 
         Args:
-            rates: The learning rates of the arms, as ``choose_rates`` gives them.
+            rates: The learning rates of the arms, as ``choose_rates`` returns them.
         """
         chosen = rates[rates.is_chosen].drop_duplicates("arm").set_index("arm").fit_lr
         return [
@@ -85,7 +85,7 @@ class Grid:
         return Cell(arm, dataset, config, is_trial, self.device, self.threads)
 
     def differences(self) -> dict[str, dict[str, Any]]:
-        """Returns the settings in which arms differ, and of each the value by arm."""
+        """Returns the settings in which arms differ, each with its values by arm."""
         settings = {arm: config.to_dict() for arm, config in self.arms.items()}
         keys = [key for key in next(iter(settings.values())) if key not in ("seed", "split_seed")]
         values = {key: {arm: setting[key] for arm, setting in settings.items()} for key in keys}
@@ -93,7 +93,7 @@ class Grid:
 
 
 def check_done(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> None:
-    """Checks that the cells that are done already are those asked for.
+    """Checks that cells that are done already were made as they are asked for now.
 
     Raises:
         InputError: If the result of another request is in a cell's place.
@@ -102,7 +102,7 @@ def check_done(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> N
         store.check_request(cell, datasets[cell.dataset].sha256)
 
 
-# --- What goes into it ---
+# --- Arms and datasets ---
 
 
 def load_arms(paths: Sequence[Path], overrides: Sequence[str]) -> Arms:
@@ -149,7 +149,7 @@ def earlier_rates(folder: Path, arms: Arms) -> pd.DataFrame:
     """Reads the learning rates that an earlier study has chosen for arms of these names.
 
     Raises:
-        InputError: If it has none, or not of all arms.
+        InputError: If it has chosen none, or none for one of these arms.
     """
     path = folder / "learning_rates.csv"
     try:

@@ -2,10 +2,10 @@
 
     python -m study.publish results/tier1 results/tier2_doubled
 
-puts, between two marker comments, the answer of the first study with its table and three figures, and below it the
+writes between two marker comments the answer of the first study, with its table and three figures, and below it the
 tables of every further study. Then it moves the cells of each study from their folders into one file, its
-``cells.parquet``: no command may be at work on a study that is published. What ``make study`` has made is published by
-``make results``.
+``cells.parquet``: no command may be working on these studies meanwhile. ``make results`` publishes in this way what
+``make study`` has made.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main_part(folder: Path, root: Path) -> str:
     """Returns the answer of the main study: sentences, table, figures, limits and origin.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
         root: Folder of the document that shows it.
     """
     shown = folder.resolve().relative_to(root.resolve())

@@ -1,4 +1,4 @@
-"""The report of a study: what it says beside its numbers, as Markdown and as one self-contained HTML page."""
+"""The report of a study, as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class StudyFacts:
     """What a report says of a study beside its numbers.
 
     Attributes:
-        title: Arms and datasets.
-        lead: How many runs there are, how many failed, what they took.
+        title: Names of the arms and datasets.
+        lead: How many runs there are, how many of them failed, and the time they took.
         command: Command line that made the study.
-        differences: setting, and per arm its value, as text: the settings in which arms differ.
-        datasets: dataset, transitions, sha256 (its first 16 digits), and of training, validation and test how many
-            transitions in how many trajectories, and what its audit found, as text.
-        origin: code (commit), python, torch, numpy (versions), cells: how many cells each of these has made.
+        differences: The settings in which arms differ: setting, and a column per arm with its value as text.
+        datasets: dataset, transitions, sha256 (its first 16 digits); as text, how many transitions in how many
+            trajectories training, validation and test have, and what the audit found.
+        origin: code (commit), python, torch, numpy (versions), and cells: how many of them these have made.
     """
 
     title: str
@@ -70,11 +70,11 @@ def write_study(
     """Analyses the cells that are done, and writes tables, figures and report into the folder of the study.
 
     Args:
-        folder: Of the study.
-        results: Of the cells that are done.
-        rates: Learning rates, as ``grid.choose_rates`` gives them.
-        grid: What was to be compared.
-        datasets: By name.
+        folder: Folder of the study.
+        results: Results of the cells that are done.
+        rates: Learning rates, as ``grid.choose_rates`` returns them.
+        grid: The grid that was asked for.
+        datasets: Datasets by name.
         command: Command line that made the study.
 
     Returns:
@@ -139,9 +139,9 @@ def write_report(folder: Path, facts: StudyFacts, tables: Tables) -> list[Path]:
     """Writes ``report.html``, ``report.md`` and one PNG per figure.
 
     Args:
-        folder: Where they go.
-        facts: What the report says beside the numbers.
-        tables: Those of ``analyse``, and ``learning_rates``.
+        folder: Folder that the files go to.
+        facts: What the report says of the study beside its numbers.
+        tables: Tables of ``analyse``, and ``learning_rates``.
 
     Returns:
         The files.
@@ -164,9 +164,9 @@ def write_report(folder: Path, facts: StudyFacts, tables: Tables) -> list[Path]:
 
 
 def answers(paired: pd.DataFrame) -> pd.DataFrame:
-    """Returns the answer of a study as text: a line per primary metric, a column per pair of arms.
+    """Returns the answer of a study as a table of text: a line per primary metric, a column per pair of arms.
 
-    Each cell has the mean ratio over datasets with its interval, and on how many of them it is clear.
+    Each entry has the mean ratio over datasets with its interval, and on how many datasets the difference is clear.
 
     Args:
         paired: Table of ``analysis.paired_table``.
@@ -247,8 +247,8 @@ def side_by_side(table: pd.DataFrame, name: str, columns: pd.Series) -> pd.DataF
 
     Args:
         table: metric, dataset (may be missing), low, high, p_holm (may be missing), and the value.
-        name: Column of the value.
-        columns: Of each row, the name of the column that it goes to.
+        name: Name of the value's column.
+        columns: For each row of the table, the name of the column that it goes to.
     """
     text = table.apply(lambda row: interval_text(row, name), axis=1) if len(table) else []
     rows = [place for place in ("metric", "dataset") if place in table]

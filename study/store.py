@@ -3,7 +3,7 @@
 cells/ARM/DATASET/seed-N/     ``cell.json`` and a CSV file per table
 trials/ARM/DATASET/rate-X/    the same, of the trainings that choose learning rates
 cells.parquet                 all of them, once the study is packed
-.locks/                       by which processes that share the folder agree who runs which cell
+.locks/                       locks by which processes that share the folder divide the cells among them
 
 A packed study goes on like any other: what the file holds is done, further cells get folders, and packing again adds
 them to the file.
@@ -30,7 +30,7 @@ class CellStore:
     """The finished cells of one study, by name.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class CellStore:
         """Checks that a cell, if it is done, was asked for in the same way.
 
         Args:
-            cell: What is asked for now.
+            cell: The cell, as it is asked for now.
             sha256: Checksum of its dataset.
 
         Raises:
@@ -93,11 +93,11 @@ class CellStore:
 def pack(folder: Path) -> None:
     """Moves the cells of a study, which no command may be working on, from their folders into ``cells.parquet``.
 
-    The file holds the rows of all tables of all cells, one below the other. Its columns are ``cell`` and ``table``,
-    whose rows they are; ``record``; and every column of any table, which is empty in the rows of tables that lack it,
-    and text in all tables or in none. The first row of a cell, of the table ``cell``, has in ``record`` as JSON what
-    ``cell.json`` held (``record``) and the types of the columns of its tables (``types``); in all other rows ``record``
-    is empty.
+    The file holds the rows of all tables of all cells, one below the other. ``cell`` and ``table`` name the cell and
+    table that a row is of. ``record`` is set in the first row of each cell only, whose ``table`` is ``cell``: it holds,
+    as JSON, the contents of ``cell.json`` (``record``) and the types of the columns of the cell's tables (``types``).
+    All other columns are those of the tables, empty in the rows of tables that lack them. Tables that share a column
+    must agree whether it holds text.
     """
     folders = {path.parent.relative_to(folder).as_posix(): path.parent for path in folder.glob("*/*/*/*/cell.json")}
     if not folders:
@@ -115,7 +115,7 @@ def pack(folder: Path) -> None:
     for name, place in folders.items():
         assert is_same(packed[name], Result.read(place)), f"{name} is not the same in {file}"
         shutil.rmtree(place)
-        with contextlib.suppress(OSError):  # the first parent that still holds something
+        with contextlib.suppress(OSError):  # ends at the first parent that still holds something
             for parent in place.relative_to(folder).parents[:-1]:
                 (folder / parent).rmdir()
 
@@ -153,7 +153,7 @@ def read_packed(file: Path) -> dict[str, Result]:
 
 
 def is_same(one: Result, other: Result) -> bool:
-    """Tells whether two results are equal, types and missing values included."""
+    """Whether two results are equal, types and missing values included."""
     return (
         one.record == other.record
         and one.tables.keys() == other.tables.keys()
