@@ -288,7 +288,7 @@ def _find_constants(dataset: Dataset, sample: _Sample) -> list[Finding]:
 
 
 def moves_rarely(standard_deviation: np.ndarray, mean_absolute_deviation: np.ndarray) -> np.ndarray:
-    """Whether dimensions move, or move far, in a handful of rows only: then the mean absolute deviation is no fair unit.
+    """Whether dimensions move, or move far, in a handful of rows only, which mean absolute deviations are no unit for.
 
     It is where the standard deviation is more than three times as large. A Gaussian's is 1.25 times, that of a Laplace
     distribution 1.41 times, and where one row in 400 has a step and the others none, it is ten times.
