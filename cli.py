@@ -64,8 +64,8 @@ def interruptible() -> Iterator[list[int]]:
     """Lets SIGTERM, which schedulers send, end the block as Ctrl-C does: by a KeyboardInterrupt.
 
     Yields:
-        The signals received so far. Python drops the KeyboardInterrupt of a signal that arrives inside a finaliser, so
-        a long loop also looks here between two pieces of work.
+        The signals received so far. Python drops a KeyboardInterrupt that is raised inside a finaliser, so a long loop
+        should look here, too, between two pieces of work.
     """
     received: list[int] = []
 
@@ -92,7 +92,7 @@ def check_output_file(path: Path, flag: str) -> None:
         flag: The flag that gave the path, for the message.
 
     Raises:
-        InputError: If there is something else than a file, or its nearest existing folder takes no files.
+        InputError: If the path is not that of a file, or its nearest existing folder cannot be written to.
     """
     folder = path.parent
     try:
@@ -110,12 +110,12 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
     """Checks that results can be written to a folder: a new one, an empty one, or one with results of the same command.
 
     Args:
-        folder: What ``--output`` gave.
-        is_ours: Whether what the folder holds, if anything, was written by the same command.
+        folder: The folder that ``--output`` names.
+        is_ours: Whether the folder holds earlier results of the same command.
         expected: What that command writes, such as ``a report``, for the message.
 
     Raises:
-        InputError: If it is a file, holds something else, or cannot be made or written. Hidden files do not count.
+        InputError: If it is a file, holds other files (hidden ones do not count), or cannot be made or written.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {str(folder)!r} is a file; give a folder")
@@ -136,7 +136,7 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def choose_device(name: str) -> str:
-    """Returns the device to compute on: ``auto`` takes CUDA where there is any; a device asked for by name must exist.
+    """Returns the device to compute on: for ``auto`` CUDA if there is any, else the one named, which must exist.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

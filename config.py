@@ -1,7 +1,7 @@
 """``LearnConfig``: every number that changes what is learned, with its meaning, its default and its check.
 
 A YAML file states only what differs from the defaults here; ``--params key=value`` overrides both. Values are parsed
-as YAML and then brought to the field's type, since YAML itself reads ``5e-4`` as a string and ``256,256`` as one too.
+as YAML and then converted to the field's type, since YAML reads both ``5e-4`` and ``256,256`` as strings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LearnConfig:
     # --- Model ---
     # Kind of ensemble: Gaussian members trained on their likelihood, or point predictions trained on squared error.
     probabilistic: bool = False
-    # The kind by its name (KINDS in dynamics_model.py has them all); null leaves the choice to `probabilistic`.
+    # Kind of ensemble by name, one of KINDS in dynamics_model.py; null leaves the choice to `probabilistic`.
     kind: str | None = None
     # Members, all trained at once; each has its own initialisation and order of minibatches.
     ensemble_size: int = 7
@@ -50,15 +50,15 @@ class LearnConfig:
     fit_epochs: int = 40
     # Rows per member and step; the last batch of an epoch holds what is left.
     batch_size: int = 256
-    # Learning rate of Adam: where it starts, or its peak for onecycle.
+    # Learning rate of Adam: at the start or, for onecycle, at its peak.
     fit_lr: float = 5e-3
-    # Course of the learning rate; null keeps it constant.
+    # Schedule of the learning rate; null keeps it constant.
     scheduler: Literal["exponential", "multistep", "cosine", "onecycle"] | None = "onecycle"
     # Factor per epoch (exponential) or per milestone (multistep).
     scheduler_gamma: float = 0.99
     # Epochs after which multistep applies its factor.
     scheduler_milestones: tuple[int, ...] = ()
-    # Share of all steps in which onecycle climbs to its peak.
+    # Share of all steps over which onecycle rises to its peak.
     warmup_fraction: float = 0.1
     # Decay of weights (not of biases) per unit of learning rate; one number, or one per layer, output layer last.
     weight_decay: float | tuple[float, ...] = 0.0
@@ -70,12 +70,12 @@ class LearnConfig:
     beta_nll_decay: float = 0.0
     # Largest norm of a member's gradient per step; null leaves gradients as they are.
     grad_clip: float | None = None
-    # Share of fit_epochs, from the first, whose steps round what they multiply where that is faster (PyTorch 2.9 and
-    # newer): to bfloat16 on processors with AMX, to TF32 on GPUs that have it; 0 never rounds. Scores do not round.
+    # Share of training, from its start, in which matrix products round their operands where that is faster: to bfloat16
+    # on processors with AMX, to TF32 on GPUs that have it, with PyTorch 2.9 or newer. 0 never rounds; scores never do.
     reduced_precision: float = 0.8
 
     # --- Data ---
-    # Train each member on its own draw, with replacement, of as many training rows as there are.
+    # Train each member on its own bootstrap sample: as many rows as there are, drawn with replacement.
     bootstrap: bool = False
     # Seed of the split into training and held-out trajectories; null takes seed.
     split_seed: int | None = None
@@ -83,7 +83,7 @@ class LearnConfig:
     # --- Selection, by validation error ---
     # Epochs without improvement after which a member stops; training ends when all have. Needs a holdout.
     patience: int | None = None
-    # Members, best first, that are marked as elites; null marks all.
+    # How many members, the best ones, are marked as elites; null marks all.
     num_elites: int | None = None
 
     # --- Reproducibility ---
@@ -177,11 +177,11 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Learn
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> LearnConfig:
-    """Builds a configuration from plain values, each brought to its field's type.
+    """Builds a configuration from plain values, each converted to its field's type.
 
     Args:
         values: Settings by name; what is missing keeps its default.
-        source: Where the values come from, for the error message.
+        source: Where the values come from, for error messages.
 
     Raises:
         InputError: If a key is unknown or a value does not fit its field.
@@ -222,7 +222,7 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 
 def _coerce(value: Any, wanted: Any) -> Any:
-    """Brings a YAML value to a field's type, the way a person means it; raises TypeError or ValueError."""
+    """Converts a YAML value to a field's type, as its author meant it; raises TypeError or ValueError."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, UnionType):
         if type(None) in arguments and (value is None or str(value).lower() in ("none", "null")):

@@ -31,7 +31,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside ``path`` that replaces it, synced to disk, only if the block succeeds.
 
-    A reader therefore sees the old file or the whole new one, whenever the process is killed.
+    A process that is killed, at whatever moment, leaves either the old file or the whole new one.
 
     Args:
         path: The file to write; its folder is made where it is missing.
@@ -58,7 +58,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 @dataclass(frozen=True)
 class Origin:
-    """Which code made a result, and with what; JSON keeps it as a dictionary.
+    """Which code made a result, and with which versions of Python and packages.
 
     Attributes:
         git_commit: The commit, with ``+`` behind it if files differ from it; None outside a repository.

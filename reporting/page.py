@@ -1,4 +1,4 @@
-"""Pages of a report: sections of text, figures and tables, as HTML or as Markdown."""
+"""Pages of reports, made of sections with text, figures and tables, as HTML or as Markdown."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def html_page(
         images: PNG files, by the names that sections use.
         captions: Text below each figure, by the same names.
         headings: Column names that tables show under another name.
-        style: CSS that this page has beside that of all pages.
+        style: CSS to add to that of all pages.
     """
     body = [f"<h1>{html.escape(title)}</h1>", opening]
     body += [_html_section(section, images, captions, headings) for section in sections]
@@ -179,7 +179,7 @@ def markdown_page(title: str, opening: Iterable[str], sections: Iterable[Section
     """Returns a report as Markdown that shows the figures from PNG files beside it.
 
     Args:
-        title: Of the page.
+        title: Title of the page.
         opening: Paragraphs before the first section.
         sections: In reading order.
         captions: Text below each figure, by name.

@@ -135,7 +135,7 @@ class Cell:
         return f"cells/{self.arm}/{short_name(self.dataset)}/seed-{self.config.seed}"
 
     def request(self, sha256: str) -> CellRequest:
-        """Returns what determines the result on a dataset with this checksum: a finished cell was asked for the same."""
+        """Returns what determines the result on a dataset with this checksum; a cell is done only if this is equal."""
         return CellRequest(
             self.arm, self.dataset, sha256, HOLDOUT_RATIO, TEST_RATIO, self.device, self.threads, self.config
         )
