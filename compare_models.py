@@ -9,11 +9,11 @@ it more than once, also on other machines that share the folder, and the process
 
 Comparisons are paired: every arm and seed has the same trajectories for training, validation and test (60/20/20), and
 arms with the same seed have the same initial weights, bootstrap draws and minibatch orders, as far as their networks
-agree. Each arm's learning rate is chosen beforehand among the same candidates, by validation error, with a seed outside
-the study.
+have equal shapes. Each arm's learning rate is chosen beforehand among the same candidates, by validation error, with a
+seed outside the study.
 
-On a Ray cluster (``pip install -r requirements-ray.txt``) cells run side by side, with the same results
-if processors are of one kind. In a SLURM allocation, whose nodes share nothing but this script::
+On a Ray cluster (``pip install -r requirements-ray.txt``) cells run side by side, with the same results if processors
+are of one kind. In a SLURM allocation, whose nodes share nothing but this script::
 
     #!/bin/bash
     #SBATCH --nodes=4 --ntasks-per-node=1 --cpus-per-task=16 --time=04:00:00
@@ -234,10 +234,10 @@ def known_rates(args: argparse.Namespace, arms: Arms) -> pd.DataFrame | None:
 
 
 def choose_engine(args: argparse.Namespace) -> Engine:
-    """Returns what runs cells; connects to the cluster where it is Ray.
+    """Returns the engine that runs cells; if it is Ray's, connects to the cluster.
 
     Raises:
-        InputError: If the cluster cannot be had.
+        InputError: If the cluster cannot be reached.
     """
     from study.engines import connect_ray, run_locally, run_nothing
 
@@ -255,7 +255,7 @@ def command_line() -> str:
 
 
 def plan_text(grid: Grid, trials: int) -> str:
-    """Says what is compared and what it takes."""
+    """Returns what is compared, and how many cells that takes."""
     lines = [f"arms: {', '.join(grid.arms)}; they differ in"]
     lines += [
         f"  {key}: " + ", ".join(f"{arm} {value}" for arm, value in by_arm.items())
@@ -270,7 +270,7 @@ def plan_text(grid: Grid, trials: int) -> str:
 
 
 class Progress:
-    """A line per finished cell and the time that is left, on stderr; in a terminal a bar, too.
+    """Shows a line per finished cell and the time that is left, on stderr; in a terminal a bar, too.
 
     Args:
         total: How many cells there are, trials included.
@@ -286,7 +286,7 @@ class Progress:
         )
 
     def count(self, finished: Finished) -> None:
-        """Counts a cell; of one that has run now, says what it gave and how long the rest may take."""
+        """Counts a cell; if it has run just now, shows its result and how long the rest may take."""
         self._left -= 1
         self._bar.update()
         if not finished.is_new:
