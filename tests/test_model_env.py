@@ -251,6 +251,14 @@ def test_morel_halts_above_the_threshold_and_pays_the_halt_reward_once(changes_b
     assert step.terminated.tolist() == (step.state.states[:, 0] > 5).tolist(), "a halt is no termination"
 
 
+def test_a_pessimistic_step_is_predicted_by_each_environments_own_member(changes_by):
+    for pessimism in (MOReL(100.0, 0.0), MOPO(1.0, kind="ensemble_std")):
+        core = ModelEnv(changes_by(*CHANGES), own_task(), propagation="tsinf", pessimism=pessimism, state_bounds=WIDE)
+        step = core.step(ModelState(torch.zeros(4, 2), torch.tensor([2, 0, 0, 1])), torch.zeros(4, 1))
+        assert step.state.states[:, 0].tolist() == [6.0, 0.0, 0.0, 3.0]
+        assert step.state.members.tolist() == [2, 0, 0, 1]
+
+
 def test_mopo_takes_the_uncertainty_of_the_members_that_predict_off_the_reward(changes_by):
     ensemble = changes_by([0.0, 1.0], [0.0, 1.0], [0.0, 1.0], variances=[[9.0, 16.0], [1.0, 3.0], [0.0004, 0.0005]])
     ensemble.elites = [2, 1]
@@ -342,6 +350,17 @@ def test_rewards_follow_the_formula_of_the_task_and_its_version(hopper):
         step = core.step(core.start(states), actions)
         assert 0 < step.terminated.sum() < 50
         torch.testing.assert_close(step.reward, task(name).reward(states, actions, step.state.states))
+
+
+def test_a_step_that_terminated_pays_no_bonus_wherever_its_state_is_moved_to(hopper):
+    states, actions = torch.tensor([[1.25] + [0.0] * 10]), torch.zeros(1, 3)
+    fallen = hopper()
+    with torch.no_grad():
+        fallen.dynamics.biases[-1][..., 0] = -4.0  # times a scale of 0.3
+    for bounds in (None, ([0.8] + [-3.0] * 10, [2.0] + [3.0] * 10)):
+        step = ModelEnv(fallen, "Hopper-v5", state_bounds=bounds).step(ModelState(states, None), actions)
+        assert step.terminated.item() and step.reward.item() < 0.5
+        assert (step.state.states[0, 0].item() == pytest.approx(0.8)) == (bounds is not None)
 
 
 def test_bounds_of_actions_are_the_tasks_or_the_datas(hopper):
@@ -533,6 +552,19 @@ def test_traces_are_those_of_gymnasiums_own_vector_environment(walkers, mode, pe
     assert (ends > 5).all(), "episodes ended both ways"
 
 
+@pytest.mark.parametrize("on_halt", ["terminate", "truncate"])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_a_halt_ends_the_episode_as_the_pessimism_says(changes_by, on_halt, mode):
+    core = ModelEnv(changes_by([0.0, 0.0], [0.5, 0.0]), own_task(), pessimism=MOReL(0.4, -3.0, on_halt=on_halt))
+    env = VectorModelEnv(core, 2, autoreset_mode=mode)
+    env.reset(seed=0)
+    _, rewards, terminated, truncated, infos = env.step(np.zeros((2, 1)))
+    assert rewards.tolist() == [-3.0, -3.0]
+    assert (terminated.all(), truncated.any()) == ((True, False) if on_halt == "terminate" else (False, True))
+    told = infos["final_info"] if mode == "SameStep" else infos
+    assert told["halted"].all() and told["raw_reward"].tolist() == [0.0, 0.0]
+
+
 def test_ended_environments_must_be_reset_where_nothing_resets_them(walkers):
     env = VectorModelEnv(walkers(), 2, initial_states=np.zeros((1, 2)), horizon=1, autoreset_mode="Disabled")
     with pytest.raises(gymnasium.error.ResetNeeded, match="reset these: all"):
@@ -570,7 +602,10 @@ def test_environments_that_share_an_ensemble_give_each_seed_its_bits(hopper, pro
     for ours, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours, expected)
     assert not np.array_equal(*alone)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     unseeded = [make().reset()[0] for _ in range(8)]
+    assert torch.equal(torch.get_rng_state(), before), "the global stream is not drawn from"
     assert len({part.tobytes() for part in unseeded}) > 1, "without a seed, environments do not all do the same"
 
 
@@ -618,7 +653,7 @@ def test_members_stay_where_all_environments_start_again_at_once(changes_by):
 
 def test_a_mask_before_anything_has_started_starts_all(hopper):
     observations, _ = VectorModelEnv(ModelEnv(hopper()), 2).reset(options={"reset_mask": np.array([True, False])})
-    assert (observations[:, 0] > 1).all()
+    assert observations.shape == (2, 11) and (observations[:, 0] > 1).all()
 
 
 def test_starts_are_drawn_from_the_initial_states(hopper):
