@@ -28,7 +28,7 @@ class DeterministicEnsemble(DynamicsEnsemble):
         return outputs, None
 
     def losses(self, inputs: Tensor, targets: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean squared error per member, ``(ensemble,)``, all through training; also the reported loss."""
+        """Mean squared error per member, ``(ensemble,)``, whatever the progress; it is also the reported loss."""
         mean, _ = self.predict_change(inputs)
         loss = (mean - targets).square().mean(dim=(1, 2))
         return loss, loss.detach()
@@ -42,7 +42,7 @@ class DeterministicEnsemble(DynamicsEnsemble):
         return torch.zeros(tuple(shape))
 
     def completion(self, residual_variances: Callable[[], Any]) -> Any:
-        """Members' mean squared errors stand for the variances that they do not predict."""
+        """The variances of members' residuals stand for those that they do not predict."""
         return residual_variances()
 
     def draws_per_member(self, wanted: int) -> int:

@@ -2,11 +2,13 @@
 
 The loss is that of PETS (Chua et al. 2018, appendix A.1): ``mean((mu - y)^2 / var + logvar)`` with the log-variance
 soft-clamped between bounds that are learned, and ``0.01 * (sum(max_logvar) - sum(min_logvar))`` that draws the bounds
-together. Differences: with ``beta_nll`` above 0 each term is weighted by the variance to that power, held constant
-(beta-NLL, Seitzer et al. 2022, eq. 5), which keeps badly predicted rows from being ignored as noise, and each
-dimension's bounds by its mean weight, without which they close on a log-variance that no longer pulls (ours); and with
-``beta_nll_decay`` that power falls linearly to 0 over the given share of training (ours), so that the mean is learned
-first and training ends on the plain likelihood, which alone is calibrated.
+together. Differences:
+
+- With ``beta_nll`` above 0, each term is weighted by the variance to that power, taken as a constant (beta-NLL, Seitzer
+  et al. 2022, eq. 5). This keeps badly predicted rows from being ignored as noise. Each dimension's term of the bounds
+  is weighted by its mean weight (ours): unweighted, it would outweigh the likelihood and close the bounds.
+- With ``beta_nll_decay``, that power falls linearly to 0 over the given share of training (ours): the mean is learned
+  first, and training ends on the plain likelihood, which alone is calibrated.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dynamics_model import Architecture, Array, DynamicsEnsemble, DynamicsModel,
 _INITIAL_MAX_LOGVAR = 0.5
 _INITIAL_MIN_LOGVAR = -10.0
 _BOUNDS_WEIGHT = 0.01
-_NEAR_BOUND = 0.1  # nats between a log-variance and the bound that it counts as being at
+_NEAR_BOUND = 0.1  # nats; a log-variance so close to a bound counts as being at it
 
 
 class ProbabilisticEnsemble(DynamicsEnsemble):
