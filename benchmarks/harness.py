@@ -271,3 +271,26 @@ def count(number: int, noun: str) -> str:
 def new_figure(columns: int, lines: int = 1) -> Figure:
     """Returns a figure with room for so many panels."""
     return Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+
+
+def draw_rates(summary: pd.DataFrame, panel: str, size: str, ylabel: str, arms: dict[str, str]) -> Figure:
+    """Draws a rate against the size of what is processed at once, both on log axes.
+
+    Args:
+        summary: Columns ``arm``, ``rate`` and those named below.
+        panel: Column whose values get a panel each.
+        size: Column of sizes, and the label of their axis.
+        ylabel: What the rate is.
+        arms: Labels of the arms, in the order of their colours.
+    """
+    panels = list(summary[panel].unique())
+    figure = new_figure(columns=len(panels))
+    colours = {arm: f"C{index}" for index, arm in enumerate(arms)}
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for arm, rows in summary[summary[panel] == title].groupby("arm", sort=False):
+            rows = rows.sort_values(size)
+            axes.plot(rows[size], rows["rate"], "o-", color=colours[arm], label=arms[arm])
+        axes.set(title=title, xlabel=size, ylabel=ylabel, xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="x-small")
+    return figure

@@ -217,17 +217,7 @@ def table(group: pd.DataFrame) -> str:
 def draw(summary: pd.DataFrame) -> Figure:
     """Draws steps per second against environments, a panel per kind, with the fewest threads."""
     summary = summary[summary["threads"] == summary["threads"].min()]
-    kinds = list(summary["kind"].unique())
-    figure = harness.new_figure(columns=len(kinds))
-    colours = {arm: f"C{index}" for index, arm in enumerate(["ours", *OTHERS])}
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for arm, rows in summary[summary["kind"] == kind].groupby("arm", sort=False):
-            rows = rows.sort_values("environments")
-            axes.plot(rows["environments"], rows["rate"], "o-", color=colours[arm], label=OTHERS.get(arm, "ours"))
-        axes.set(title=kind, xlabel="environments", ylabel="steps per second", xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="x-small")
-    return figure
+    return harness.draw_rates(summary, "kind", "environments", "steps per second", {"ours": "ours", **OTHERS})
 
 
 if __name__ == "__main__":

@@ -204,19 +204,11 @@ def table(group: pd.DataFrame) -> str:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Draws rows per second against rows, a panel per task, for the kind measured first and the most threads."""
-    summary = summary[(summary["kind"] == summary["kind"].iloc[0])]
+    summary = summary[summary["kind"] == summary["kind"].iloc[0]]
     summary = summary[summary["threads"] == summary["threads"].max()]
-    tasks = list(summary["task"].unique())
-    figure = harness.new_figure(columns=len(tasks))
-    colours = {arm: f"C{index}" for index, arm in enumerate(["ours", *OTHERS])}
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for arm, rows in summary[summary["task"] == task].groupby("arm", sort=False):
-            rows = rows.sort_values("rows")
-            axes.plot(rows["rows"], rows["rate"], "o-", color=colours[arm], label=OTHERS.get(arm, "ours, stacked"))
-        axes.set(title=task, xlabel="rows", ylabel="rows per second, all members", xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="x-small")
-    return figure
+    return harness.draw_rates(
+        summary, "task", "rows", "rows per second, all members", {"ours": "ours, stacked", **OTHERS}
+    )
 
 
 if __name__ == "__main__":
