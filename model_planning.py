@@ -12,8 +12,8 @@ Several particles carry each candidate through the ensemble, as in PETS (Chua et
 In a model of offline data, free planning finds the actions about which the model is wrong. Planning can be guided by
 what the data show, as in MBOP (Argenson and Dulac-Arnold 2021): candidates are deviations from a cloned policy, the
 ``prior``, in the states that the model predicts, and the last state counts by its ``value``, what the data's policy
-earned from there. Differences from MBOP: the best candidates are kept, where MBOP takes a weighted mean of all; and in
-the ``tail`` the policy goes on alone, since both value and policy are right only near the data.
+earned from there. Differences from MBOP: the best candidate acts, there a weighted mean of all; and in the ``tail`` the
+prior goes on alone, back to states like the data's, where the value is right.
 
 Shapes are ``(batch, ...)``; states, actions and rewards are in raw units. Nothing loops over members, candidates or
 environments: a step of the horizon is one call of ``ModelEnv.step``. This module imports PyTorch and the model modules.
@@ -60,9 +60,8 @@ class CEM:
         noise_beta: Exponent of the noise's spectrum ``1 / f^beta``: 0 is white, 2 drifts slowly.
         momentum: Weight of the old mean and deviation in the new ones.
         discount: Per step.
-        reward_after_end: Paid for each step of the horizon behind an episode's end. Rewards that go on as if nothing
-            had happened overrate plans that die; 0, where rewards are negative, makes dying an aim. None: the lowest
-            reward of the model's data, where the model knows it and it is negative, else 0.
+        reward_after_end: Paid for each step behind an episode's end: 0 makes an end an aim where rewards are negative.
+            None: the lowest reward of the model's data, where the model knows it and it is negative, else 0.
         generator: Of candidates and of what the model draws, on the CPU; None: a stream of the ensemble's seed.
     """
 
@@ -127,7 +126,7 @@ class CEM:
             self._plans = self._centre.repeat(len(states), 1 + self.kept, self.horizon, 1)
         mean, kept = self._plans[:, 0], self._plans[:, 1:]
         std = (self.spread * (self._high - self._low) / 2).expand_as(mean)
-        kept[:, :, -1] = self._draw(mean, std, kept.shape[1])[:, :, -1]  # the step that has come into the horizon
+        kept[:, :, -1] = self._draw(mean, std, self.kept)[:, :, -1]  # the new step, which is drawn anew for elites
         size = self.population
         for iteration in range(self.iterations):
             candidates = [self._draw(mean, std, size), kept]
@@ -141,8 +140,9 @@ class CEM:
             std = self.momentum * std + (1 - self.momentum) * elites.std(dim=1, correction=0)
             kept = elites[:, : self.kept]
             size = max(2 * self.elites, round(size / 1.25))
-        plans = torch.cat([mean[:, None], kept], dim=1)
-        self._plans = torch.cat([plans[:, :, 1:], plans[:, :, -1:]], dim=2)  # the first step is taken now
+        plans = torch.cat([mean[:, None], kept], dim=1)  # move on by a step: in the new one they do as before, or as
+        new = plans[:, :, -1:] if self.prior is None else torch.zeros_like(plans[:, :, -1:])  # the prior does
+        self._plans = torch.cat([plans[:, :, 1:], new], dim=2)
         return self._act(states, elites[:, 0, 0])
 
     @torch.no_grad()
