@@ -261,7 +261,7 @@ class DynamicsEnsemble(nn.Module):
         return torch.randn(shape, generator=generator)
 
     def completion(self, residual_variances: Callable[[], Any]) -> Any:
-        """What makes distributions of predictions when added to their variances: a point's residual variances."""
+        """Variances to add to predicted ones so that points become distributions; 0 where they are already."""
         return 0.0
 
     def share_at_bounds(self, variance: Tensor) -> dict[str, Tensor]:
