@@ -46,6 +46,7 @@ from benchmarks import harness
 from benchmarks.prepare import HOLDOUT_RATIO, prepare
 from benchmarks.step_arms import SIZES, Case, time_rounds
 from config import LearnConfig, load_config
+from data.audit import audit
 from data.sources import load_dataset
 from dynamics_model import FORMAT_VERSION, load_ensemble
 from reporting.learning_curves import plot_learning_curves
@@ -95,7 +96,7 @@ def measure(results: harness.ResultsFile, part: str, case: str, take: Callable[[
 
 
 def load(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
-    """Reads files of hopper size: bare h5py, ``load_dataset``, and all that comes before training, in turn."""
+    """Reads files of hopper size: bare h5py, ``load_dataset``, with the audit, and all up to training, in turn."""
 
     def bare_read(path: Path) -> None:
         with h5py.File(path, "r") as file:
@@ -108,6 +109,7 @@ def load(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
         arms = {
             "bare h5py read": lambda path=path: bare_read(path),
             "load_dataset": lambda path=path: load_dataset(str(path), quiet=True),
+            "load_dataset and audit": lambda path=path: audit(load_dataset(str(path), quiet=True)),
             "all up to normalised rows": lambda path=path: prepare(LearnConfig(), load_dataset(str(path), quiet=True)),
         }
         case = f"{count:,} transitions, {compression or 'not compressed'}"
@@ -116,13 +118,15 @@ def load(results: harness.ResultsFile, scratch: Path, quick: bool) -> None:
 
 
 def write_hopper_size(path: Path, rows: int, compression: str | None = None) -> Path:
-    """Writes noise in D4RL's format, in episodes of 1000 steps."""
+    """Writes noise in D4RL's format, in episodes of 1000 steps whose rows follow each other."""
     random = np.random.default_rng(0)
     state_dim, action_dim = SIZES["hopper"]
     widths = {"observations": (state_dim,), "actions": (action_dim,), "rewards": (), "next_observations": (state_dim,)}
     with h5py.File(path, "w") as file:
         for key, width in widths.items():
             values = random.standard_normal((rows, *width), dtype=np.float32)
+            if key == "next_observations":
+                values = np.roll(file["observations"][:], -1, axis=0)
             file.create_dataset(key, data=values, compression=compression, shuffle=compression is not None)
         file["terminals"] = np.zeros(rows, bool)
         file["timeouts"] = np.arange(1, rows + 1) % 1000 == 0
