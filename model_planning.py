@@ -97,9 +97,9 @@ class CEM:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         self.elites = max(2, round(elite_share * population))
         self.kept = max(1, round(kept_share * self.elites))
-        if reward_after_end is None:
-            reward_after_end = min(0.0, core.ensemble.metadata.get("data", {}).get("lowest_reward") or 0.0)
         self.reward_after_end = reward_after_end
+        if reward_after_end is None:
+            self.reward_after_end = min(0.0, core.ensemble.metadata.get("data", {}).get("lowest_reward") or 0.0)
         self.generator = random_stream(core.ensemble.seed, 1, "propagation") if generator is None else generator
         self._low, self._high = core.action_bounds
         # What plans start from, (action_dim,): no deviation from the prior, or the middle of the bounds.
@@ -125,9 +125,8 @@ class CEM:
         if self._plans is None or len(self._plans) != len(states):
             self._plans = self._centre.repeat(len(states), 1 + self.kept, self.horizon, 1)
         mean, kept = self._plans[:, 0], self._plans[:, 1:]
-        std = (self.spread * (self._high - self._low) / 2).expand_as(mean)
+        size, std = self.population, (self.spread * (self._high - self._low) / 2).expand_as(mean)
         kept[:, :, -1] = self._draw(mean, std, self.kept)[:, :, -1]  # the new step, which is drawn anew for elites
-        size = self.population
         for iteration in range(self.iterations):
             candidates = [self._draw(mean, std, size), kept]
             if iteration in (0, self.iterations - 1):
@@ -140,8 +139,9 @@ class CEM:
             std = self.momentum * std + (1 - self.momentum) * elites.std(dim=1, correction=0)
             kept = elites[:, : self.kept]
             size = max(2 * self.elites, round(size / 1.25))
-        plans = torch.cat([mean[:, None], kept], dim=1)  # move on by a step: in the new one they do as before, or as
-        new = plans[:, :, -1:] if self.prior is None else torch.zeros_like(plans[:, :, -1:])  # the prior does
+        plans = torch.cat([mean[:, None], kept], dim=1)
+        # A step on, the one that comes into the horizon is like the one before it, or what the prior does.
+        new = plans[:, :, -1:] if self.prior is None else torch.zeros_like(plans[:, :, -1:])
         self._plans = torch.cat([plans[:, :, 1:], new], dim=2)
         return self._act(states, elites[:, 0, 0])
 
@@ -215,7 +215,7 @@ def clone_policy(states: Array, actions: Array, **options: Any) -> nn.Sequential
         **options: See ``fit_network``.
 
     Returns:
-        A ``Policy``, on the CPU, that gives the mean action in a state; not bounded.
+        A ``Policy`` on the CPU that gives the mean action in a state, without bounds.
     """
     return fit_network(states, actions, **options)
 
@@ -236,11 +236,10 @@ def fit_value(
         **options: See ``fit_network``.
 
     Returns:
-        A function, on the CPU, from states ``(batch, state_dim)`` to values ``(batch,)``.
+        A function on the CPU from states ``(batch, state_dim)`` to values ``(batch,)``.
     """
-    states, rewards = as_tensor(states, "cpu"), as_tensor(rewards, "cpu").double()
+    states, rewards, rows = as_tensor(states, "cpu"), as_tensor(rewards, "cpu").double(), torch.arange(len(states))
     terminals, timeouts = (torch.as_tensor(part, dtype=torch.bool) for part in (terminals, timeouts))
-    rows = torch.arange(len(states))
     last = (terminals | timeouts | (rows == rows[-1])).nonzero().squeeze(1)
     last = last[torch.searchsorted(last, rows)]  # of each row's episode
     stop = (rows + steps).clamp(max=last + 1)

@@ -87,6 +87,15 @@ def test_plans_are_kept_from_step_to_step_and_forgotten_where_an_episode_has_end
     assert planner.plan(states[:1]).shape == (1, 1)
 
 
+def test_the_step_that_comes_into_the_horizon_is_as_the_one_before_or_what_the_prior_does(line):
+    for prior, expected in ((None, "as before"), (lambda states: 0 * states, "no deviation")):
+        planner = Recording(line(to_zero), horizon=4, population=16, iterations=1, particles=1, prior=prior)
+        for _ in range(2):
+            planner.plan([[3.0]])
+        *_, before, last = planner.seen[1][0][0, -1, :, 0].tolist()  # of the mean
+        assert before != 0 and last == {"as before": before, "no deviation": 0}[expected]
+
+
 def test_search_goes_on_from_elites_with_fewer_candidates(line):
     planner = Recording(line(to_zero), horizon=3, population=100, iterations=3, particles=1)
     planner.plan([[3.0]])
