@@ -3,9 +3,9 @@
 python examples/train_policy.py model.pkl --dataset data/bundled/hopper-medium-demo.hdf5
 
 The model halts episodes where its members disagree more than on nearly all of the data (MOReL, Kidambi et al. 2020);
-with ``--pessimism mopo`` it pays less where it is unsure (MOPO, Yu et al. 2020), with ``none`` it is trusted. Episodes
-start anywhere in the data and are short, as errors grow with every step. HalfCheetah needs a model that has learned the
-reward: train it with ``--params learn_reward=true``.
+with ``--pessimism mopo`` it pays less where it is unsure (MOPO, Yu et al. 2020), with ``none`` it is trusted. As in
+MOPO, episodes in the model are short and start anywhere in the data, since errors grow with every step, and the policy
+learns from the data, too. HalfCheetah needs a model that has learned the reward (``--params learn_reward=true``).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gymnasium
 import h5py
+import numpy as np
 import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -32,7 +33,7 @@ parser.add_argument("--dataset", required=True, help="D4RL-format HDF5 that the 
 parser.add_argument("--pessimism", choices=["morel", "mopo", "none"], default="morel")
 parser.add_argument("--quantile", type=float, default=0.999, help="MOReL: share of the data that counts as known")
 parser.add_argument("--penalty", type=float, default=1.0, help="MOPO: rewards per unit of uncertainty")
-parser.add_argument("--horizon", type=int, default=200, help="steps of an episode in the model")
+parser.add_argument("--horizon", type=int, default=20, help="steps of an episode in the model")
 parser.add_argument("--envs", type=int, default=20, help="environments inside the model that run at a time")
 parser.add_argument("--steps", type=int, default=40_000, help="in the model, and gradient steps")
 parser.add_argument("--evaluations", type=int, default=8, help="how often the policy is tried in the real environment")
@@ -42,8 +43,12 @@ args = parser.parse_args()
 
 ensemble = load_ensemble(args.model)
 with h5py.File(args.dataset) as file:
-    states, actions, rewards = (file[name][:] for name in ("observations", "actions", "rewards"))
-    ends = file["terminals"][:] | file["timeouts"][:]
+    states, actions, rewards, terminals, timeouts = (
+        file[name][:] for name in ("observations", "actions", "rewards", "terminals", "timeouts")
+    )
+    has_next = "next_observations" in file  # else the next row's, within an episode
+    next_states = file["next_observations"][:] if has_next else np.roll(states, -1, axis=0)
+ends = terminals | timeouts
 pessimism = None
 if args.pessimism == "morel":  # a halt is as bad as an end, or as the lowest reward for ever
     threshold = disagreement_threshold(ensemble, states, actions, quantile=args.quantile)
@@ -61,11 +66,16 @@ sac = SAC(
     gamma=DISCOUNT,
     learning_rate=1e-3,
     gradient_steps=-1,  # as many as steps were taken
+    buffer_size=len(states) + args.steps,
     learning_starts=min(2000, args.steps // 4),
     policy_kwargs={"net_arch": [args.width, args.width]},
     seed=0,
     device="cpu",
 )
+rows = np.arange(len(states)) if has_next else np.flatnonzero(~ends)
+for batch in rows[: len(rows) // args.envs * args.envs].reshape(-1, args.envs):
+    told = [{}] * args.envs
+    sac.replay_buffer.add(states[batch], next_states[batch], actions[batch], rewards[batch], terminals[batch], told)
 real = gymnasium.make(core.task.env_name)
 print(f"the data's policy: {len(rewards) / ends.sum():.0f} steps, return {rewards.sum() / ends.sum():.0f}")
 for _ in range(args.evaluations):
