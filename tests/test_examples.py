@@ -20,7 +20,7 @@ TINY = {
     "load_model": [],
     "plan": ["--episodes", "2", "--steps", "3", "--population", "4", "--horizon", "2"],
     "train_policy": ["--steps", "40", "--horizon", "5", "--evaluations", "2", "--episodes", "1", "--width", "8"],
-    "evaluate_policies": ["--episodes", "3", "--steps", "20", "--noise", "0", "4", "--perturbation", "0", "0.5"],
+    "evaluate_policies": ["--episodes", "3", "--steps", "80", "--noise", "0", "4", "--perturbation", "0", "0.5"],
 }
 
 
@@ -30,13 +30,13 @@ def clone(empty_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "data", "examples"):
         (folder / name).symlink_to(ROOT / name)
-    with (
-        h5py.File(ROOT / "data" / "bundled" / "hopper-medium-demo.hdf5") as demo,
-        h5py.File(folder / "few.hdf5", "w") as few,
-    ):
-        few.attrs["env_name"] = demo.attrs["env_name"]
-        for name in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts"):
-            few[name] = demo[name][:3000]
+    columns = ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"]
+    with h5py.File(ROOT / "data" / "bundled" / "hopper-medium-demo.hdf5") as demo:
+        for file, names in (("few.hdf5", columns), ("few-without-next.hdf5", columns[:-1])):
+            with h5py.File(folder / file, "w") as few:
+                few.attrs["env_name"] = demo.attrs["env_name"]
+                for name in names:
+                    few[name] = demo[name][:3000]
     shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -102,6 +102,11 @@ def test_a_policy_is_trained_in_the_model_and_tried_in_the_real_environment(run,
     tried = re.findall(r"^(\d+) steps in the model; real: (\d+) steps, return (-?\d+)", printed, flags=re.MULTILINE)
     assert [steps for steps, *_ in tried] == ["20", "40"]
     assert all(1 <= int(length) <= 1000 for _, length, _ in tried)
+
+
+def test_a_policy_learns_from_data_that_leave_out_next_observations(run):
+    pytest.importorskip("stable_baselines3")
+    assert "40 steps in the model; real:" in run("train_policy", "--dataset", "few-without-next.hdf5")
 
 
 def test_policies_are_ranked_by_the_model_and_by_the_simulator(run):
