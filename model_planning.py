@@ -9,11 +9,11 @@
 correlated over time, elites that are kept between iterations and between steps, fewer candidates in later iterations.
 Several particles carry each candidate through the ensemble, as in PETS (Chua et al. 2018).
 
-In a model of offline data, free planning finds the actions about which the model is wrong. Planning can be guided by
-what the data show, as in MBOP (Argenson and Dulac-Arnold 2021): candidates are deviations from a cloned policy, the
-``prior``, in the states that the model predicts, and the last state counts by its ``value``, what the data's policy
-earned from there. Differences from MBOP: the best candidate acts, there a weighted mean of all; and in the ``tail`` the
-prior goes on alone, back to states like the data's, where the value is right.
+Free planning finds the actions about which a model of offline data is wrong, and its horizon is too short to see that
+Hopper will fall. It can be guided by the data, as in MBOP (Argenson and Dulac-Arnold 2021): candidates are deviations
+from a cloned policy, the ``prior``, and the last state counts by its ``value``, what the data's policy earned from
+there. Differences from MBOP: the best candidate acts, there a weighted mean of all; and in the ``tail`` the prior goes
+on alone, back to states like the data's, where the value is right.
 
 Shapes are ``(batch, ...)``; states, actions and rewards are in raw units. Nothing loops over members, candidates or
 environments: a step of the horizon is one call of ``ModelEnv.step``. This module imports PyTorch and the model modules.

@@ -2,10 +2,10 @@
 
 python examples/plan.py model.pkl --dataset data/bundled/hopper-medium-demo.hdf5
 
-Free planning finds the actions about which a model of offline data is wrong. Guided planning (MBOP, Argenson and
-Dulac-Arnold 2021) looks for small deviations from a policy cloned from the data, and counts the last state by what the
-data's policy earned from there. The last row is planned in the same way with the simulator in place of the model.
-HalfCheetah needs a model that has learned the reward: train it with ``--params learn_reward=true``.
+Free planning finds the actions about which a model of offline data is wrong, and looks too short a way ahead to see
+that Hopper will fall. Guided planning (MBOP, Argenson and Dulac-Arnold 2021) looks for small deviations from a policy
+cloned from the data, and counts the last state by what the data's policy earned from there. The last row plans so in
+the simulator itself. HalfCheetah needs a model that has learned the reward (``--params learn_reward=true``).
 """
 
 import argparse
