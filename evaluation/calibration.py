@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri
 
 from data.trajectories import Transitions
 from dynamics_model import DynamicsEnsemble
@@ -16,6 +17,7 @@ from evaluation import metrics
 from evaluation.predictions import OneStep, Rows, predict_one_step
 
 _RESIDUAL_ROWS = 20_000
+_QUANTILE_LEVELS = (np.arange(200) + 0.5) / 200  # at which distributions without a formula are integrated
 _SMALLEST = np.finfo(np.float32).tiny  # least variance and least scale: all errors may be 0, and both are divided by
 
 # --- Folds ---
@@ -59,6 +61,53 @@ def cross_fitted_scale(z: np.ndarray, fold: np.ndarray) -> np.ndarray:
         fitted = np.sqrt(square[..., outside, :].sum(axis=-2) / np.where(total > 0, total, np.nan))
         scale[..., inside, :] = np.maximum(fitted, _SMALLEST)[..., None, :]
     return scale
+
+
+@dataclass(frozen=True)
+class Isotonic:
+    """Standardised errors placed in the distribution of those of other folds, ``(N, D)`` each.
+
+    Attributes:
+        pit: Probability that the recalibrated prediction gave to values below the truth.
+        crps: Its continuous ranked probability score, in units of the standard deviation before recalibration.
+        std: Its standard deviation, in the same units.
+    """
+
+    pit: np.ndarray
+    crps: np.ndarray
+    std: np.ndarray
+
+
+def cross_fitted_isotonic(z: np.ndarray, fold: np.ndarray) -> Isotonic | None:
+    """Recalibrates Gaussian predictions by isotonic regression, fitted for each fold on the other folds.
+
+    Kuleshov et al. 2018, "Accurate uncertainties for deep learning using calibrated regression", algorithm 1: the
+    recalibrated probability of values below ``y`` is ``R(F(y))``, where ``R`` regresses the share of truths at or below
+    a predicted probability on that probability, for each dimension. Shares only rise, so the regression goes through
+    all of them. Between them it interpolates in ``z``, not in ``F``, which would be 0 or 1 for all large errors alike;
+    beyond the largest it is constant. So each prediction gets the distribution of the other folds' standardised errors,
+    moved to its mean and stretched by its standard deviation. That has no density to speak of, hence no likelihood.
+
+    Args:
+        z: Standardised errors, ``(N, D)``.
+        fold: Fold of each row, ``(N,)``.
+
+    Returns:
+        None where a fold has no others, or an error is not finite.
+    """
+    if len(np.unique(fold)) < 2 or not np.isfinite(z).all():
+        return None
+    result = Isotonic(*(np.empty(z.shape) for _ in range(3)))
+    for current in np.unique(fold):
+        inside, outside = fold == current, fold != current
+        for dim, column in enumerate(z.T):
+            known, counts = np.unique(column[outside], return_counts=True)
+            share = np.cumsum(counts) / (counts.sum() + 1)
+            quantiles = np.interp(_QUANTILE_LEVELS, share, known)
+            result.pit[inside, dim] = np.interp(column[inside], known, share)
+            result.crps[inside, dim] = metrics.quantile_crps(column[inside], quantiles)
+            result.std[inside, dim] = quantiles.std()
+    return result
 
 
 # --- Completing points to distributions ---
@@ -113,16 +162,18 @@ class Calibrated:
         variance: ``(N, L)``.
         scale: Factor by which recalibration multiplies standard deviations, ``(N, L)``; None if it could not be
             fitted, as with a single trajectory.
+        isotonic: The same Gaussian recalibrated by isotonic regression; None likewise.
     """
 
     change: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     scale: np.ndarray | None
+    isotonic: Isotonic | None
 
     @classmethod
     def of(cls, one_step: OneStep, variances: np.ndarray, fold: np.ndarray) -> Calibrated:
-        """Matches moments, and fits the scale of each fold on the other folds.
+        """Matches moments, and fits what recalibrates each fold on the other folds.
 
         Args:
             one_step: The members' means, and the truth.
@@ -130,8 +181,10 @@ class Calibrated:
             fold: Fold of each row, ``(N,)``.
         """
         mean, variance = metrics.moment_match(one_step.means, variances)
-        scale = cross_fitted_scale((one_step.change - mean) / np.sqrt(variance), fold)
-        return cls(one_step.change, mean, variance, scale if np.isfinite(scale).all() else None)
+        z = (one_step.change - mean) / np.sqrt(variance)
+        scale = cross_fitted_scale(z, fold)
+        scale = scale if np.isfinite(scale).all() else None
+        return cls(one_step.change, mean, variance, scale, cross_fitted_isotonic(z, fold))
 
     @property
     def variances(self) -> dict[str, np.ndarray]:
@@ -141,5 +194,10 @@ class Calibrated:
 
     @property
     def z(self) -> dict[str, np.ndarray]:
-        """Standardised errors ``(N, L)``, ``(truth - mean) / std``, for each of ``variances``."""
-        return {name: (self.change - self.mean) / np.sqrt(variance) for name, variance in self.variances.items()}
+        """Standardised errors ``(N, L)``, ``(truth - mean) / std``, for each of ``variances`` and for ``isotonic``.
+
+        What is recalibrated by isotonic regression is no Gaussian: there, it is the standardised error to which a
+        Gaussian gives the same probability integral transform.
+        """
+        z = {name: (self.change - self.mean) / np.sqrt(variance) for name, variance in self.variances.items()}
+        return z if self.isotonic is None else z | {"isotonic": ndtri(self.isotonic.pit)}

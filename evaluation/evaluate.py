@@ -126,6 +126,7 @@ def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
         "r2": one_step.r2["ensemble"],
         "nrmse_member_median": members.rmse.median(),
         "nrmse_member_worst": members.rmse.max(),
+        "median_error": one_step["median"]["ensemble"],
         "nrmse_linear": one_step.rmse.get("linear", np.nan),
         "nrmse_no_change": one_step.rmse["no_change"],
     }

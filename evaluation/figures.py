@@ -13,7 +13,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, png
 
 PROPAGATIONS = {"tsinf": (BLUE, "-"), "ts1": (ORANGE, "--"), "mean": (GREEN, "-.")}
-VARIANTS = {"raw": (RED, "-", "as predicted"), "recalibrated": (BLUE, "--", "recalibrated")}
+VARIANTS = {
+    "raw": (RED, "-", "as predicted"),
+    "recalibrated": (BLUE, "--", "recalibrated by a scale"),
+    "isotonic": (GREEN, "-.", "by isotonic regression"),
+}
 MEASURES = {
     "max_pairwise": (BLUE, "o"),
     "ensemble_std": (ORANGE, "s"),
@@ -134,7 +138,8 @@ def draw_rollout_astray(table: pd.DataFrame) -> Figure:
 def draw_rollout_coverage(table: pd.DataFrame) -> Figure:
     """Coverage of the 90 % band of tsinf against the horizon, with two standard errors."""
     figure, axes = _panel("Does the 90 % band keep its promise?", "steps", "coverage (tsinf)")
-    for variant, (colour, line, label) in VARIANTS.items():
+    for variant in ("raw", "recalibrated"):
+        colour, line, label = VARIANTS[variant]
         rows = table[(table.propagation == "tsinf") & (table.variant == variant)]
         error = 2 * rows.standard_error
         axes.fill_between(rows.horizon, rows.coverage - error, rows.coverage + error, color=colour, alpha=0.15, lw=0)
@@ -184,7 +189,7 @@ def draw_coverage(table: pd.DataFrame) -> Figure:
     table = table[table.dimension != "all"]
     dimensions = list(table.dimension.unique())
     axes.axhline(0.9, color=DARK, lw=1, ls=":", label="promised")
-    for (variant, (colour, _, label)), marker, shift in zip(VARIANTS.items(), "os", (-0.12, 0.12), strict=True):
+    for (variant, (colour, _, label)), marker, shift in zip(VARIANTS.items(), "os^", (-0.2, 0.0, 0.2), strict=True):
         rows = table[table.variant == variant]
         if len(rows):
             axes.plot(np.arange(len(rows)) + shift, rows.coverage_90, marker, ms=4, color=colour, label=label)

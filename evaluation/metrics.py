@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import erf, logsumexp, ndtr, ndtri
@@ -126,6 +127,52 @@ def mixture_crps(truth: np.ndarray, means: np.ndarray, variances: np.ndarray) ->
     for i, j in itertools.combinations(range(members), 2):
         score -= _expected_magnitude(means[i] - means[j], variances[i] + variances[j]) / members**2
     return score
+
+
+def quantile_crps(truth: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    """CRPS of one distribution given by its quantiles, for many truths.
+
+    The integral of quantile losses over levels (Gneiting and Raftery 2007, section 4.2), on ``M`` levels evenly spaced:
+    the score of the distribution that gives each of these quantiles the probability ``1 / M``.
+
+    Args:
+        truth: ``(N,)``.
+        quantiles: Quantiles at the levels ``0.5 / M, 1.5 / M, ...``, ascending, ``(M,)``.
+
+    Returns:
+        ``(N,)``, in the truth's unit.
+    """
+    count = len(quantiles)
+    below = np.searchsorted(quantiles, truth)
+    sums = np.concatenate(([0.0], np.cumsum(quantiles)))
+    distance = (truth * (2 * below - count) + sums[-1] - 2 * sums[below]) / count
+    spread = np.sum(quantiles * (2 * np.arange(count) - count + 1)) / count**2  # half the mean over pairs
+    return distance - spread
+
+
+def energy_score(particles: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Energy score of equally likely particles: CRPS for vectors; lower is better, the error for a point.
+
+    ``mean_i |x_i - y| - sum_ij |x_i - x_j| / (2 P (P - 1))`` (Gneiting and Raftery 2007, equation 22): the fair
+    estimator, whose expectation is the score of the distribution that the particles are drawn from, however few they
+    are (Ferro 2014). The norm is the root mean square over dimensions, so that scores compare with ``rmse``.
+
+    Args:
+        particles: ``(P, S, L)``.
+        truth: ``(S, L)``.
+
+    Returns:
+        ``(S,)``, in the truth's unit; infinite where a particle is not a number.
+    """
+    count, _, dims = particles.shape
+    centred = torch.from_numpy(particles - truth).transpose(0, 1).contiguous()  # (S, P, L)
+    score = centred.norm(dim=-1).mean(dim=-1)
+    if count > 1:
+        exact = "donot_use_mm_for_euclid_dist"  # matrix products lose small distances beside large ones
+        pairs = torch.cdist(centred, centred, compute_mode=exact).sum(dim=(1, 2))
+        score -= pairs / (2 * count * (count - 1))
+    score = score.numpy() / np.sqrt(dims)
+    return np.where(np.isfinite(score), score, np.inf)
 
 
 def _expected_magnitude(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -60,6 +60,8 @@ def one_step_table(
         - predictor: ``ensemble``, ``elites``, ``member_0``, ``member_1``, ..., ``linear`` or ``no_change``;
         - dimension;
         - rmse, rmse_raw: root mean squared error;
+        - median: median over rows of a row's error, absolute, for ``all`` the root mean square over dimensions: what a
+          typical row is off by, while few rows decide ``rmse``;
         - r2: coefficient of determination of the change ``s' - s``; for ``all`` the mean over dimensions that vary.
     """
     members = one_step.errors
@@ -77,6 +79,7 @@ def one_step_table(
                 "dimension": _dimensions(scale),
                 "rmse": _with_all(metrics.rmse(error, axis=0), metrics.rmse),
                 "rmse_raw": _with_all(metrics.rmse(error, axis=0) * scale.factor, metrics.rmse),
+                "median": np.median(np.column_stack([metrics.rmse(error, axis=1), np.abs(error)]), axis=0),
                 "r2": _with_all(metrics.r2(error, one_step.change), lambda r2: pd.Series(r2).mean()),
             }
         )
@@ -103,48 +106,58 @@ class Scores:
     """Scores of a predicted distribution, value by value, ``(N, L)`` each.
 
     Attributes:
-        nll: Negative log-likelihood, nats.
+        nll: Negative log-likelihood, nats; nan where the distribution has no density.
         crps: Continuous ranked probability score.
+        std: Its standard deviation.
     """
 
     nll: np.ndarray
     crps: np.ndarray
+    std: np.ndarray
 
 
 def score_distributions(
     ensemble: DynamicsEnsemble, one_step: OneStep, variances: np.ndarray, calibrated: Calibrated
 ) -> dict[str, Scores]:
-    """Scores the mixture of members and the Gaussians that match its moments.
+    """Scores the mixture of members, the Gaussian that matches its moments, and what recalibration makes of that.
 
     The likelihood of the mixture is that of the ensemble's own kind of density. Its CRPS takes the members for
     Gaussians with the predicted means and variances, whatever their kind.
 
     Returns:
-        By name: ``mixture``; ``gaussian``, as predicted; and ``recalibrated``, where that could be fitted.
+        By name: ``mixture``; ``gaussian``, as predicted; ``recalibrated`` by a scale, and ``isotonic``, recalibrated by
+        isotonic regression, where they could be fitted.
     """
-    truth = one_step.change
+    truth, predicted_std = one_step.change, np.sqrt(calibrated.variance)
     mixture = Scores(
         metrics.mixture_nll(member_nll(ensemble, truth, one_step.means, variances)),
         metrics.mixture_crps(truth, one_step.means, variances),
+        predicted_std,
     )
     gaussians = {
         "gaussian" if variant == "raw" else variant: Scores(
             metrics.gaussian_nll(truth, calibrated.mean, variance),
             metrics.gaussian_crps(truth, calibrated.mean, variance),
+            np.sqrt(variance),
         )
         for variant, variance in calibrated.variances.items()
     }
-    return {"mixture": mixture, **gaussians}
+    scores = {"mixture": mixture, **gaussians}
+    if (isotonic := calibrated.isotonic) is not None:
+        nothing = np.full_like(truth, np.nan)
+        scores["isotonic"] = Scores(nothing, isotonic.crps * predicted_std, isotonic.std * predicted_std)
+    return scores
 
 
 def likelihood_table(scores: Mapping[str, Scores], scale: Scale) -> pd.DataFrame:
     """Mean scores of predicted distributions.
 
     Returns:
-        - prediction: ``mixture``, ``gaussian`` or ``recalibrated``, as in ``score_distributions``;
+        - prediction: ``mixture``, ``gaussian``, ``recalibrated`` or ``isotonic``, as in ``score_distributions``;
         - dimension;
-        - nll, nll_raw: negative log-likelihood, nats;
-        - crps, crps_raw: continuous ranked probability score.
+        - nll, nll_raw: negative log-likelihood, nats; nan for ``isotonic``, which has no density;
+        - crps, crps_raw: continuous ranked probability score;
+        - sharpness: predicted standard deviation, whether right or wrong.
     """
     return _joined(
         pd.DataFrame(
@@ -155,6 +168,7 @@ def likelihood_table(scores: Mapping[str, Scores], scale: Scale) -> pd.DataFrame
                 "nll_raw": _with_all(values.nll.mean(axis=0) + np.log(scale.factor)),
                 "crps": _with_all(values.crps.mean(axis=0)),
                 "crps_raw": _with_all(values.crps.mean(axis=0) * scale.factor),
+                "sharpness": _with_all(values.std.mean(axis=0)),
             }
         )
         for prediction, values in scores.items()
@@ -165,18 +179,18 @@ def calibration_table(calibrated: Calibrated, scale: Scale) -> pd.DataFrame:
     """Whether errors are as large as the matching Gaussian says; the line ``all`` is the mean over dimensions.
 
     Returns:
-        - variant: ``raw``, as predicted, or ``recalibrated``;
+        - variant: ``raw``, as predicted, ``recalibrated`` by a scale, or ``isotonic``, by isotonic regression;
         - dimension;
-        - scale: factor that standard deviations were multiplied by, mean over rows;
+        - scale: factor that standard deviations were multiplied by, mean over rows; nan for ``isotonic``;
         - mean_z2: mean square of standardised errors; 1 is calibrated;
         - ece: expected calibration error;
         - coverage_50, coverage_80, coverage_90, coverage_95: share of truths inside the central interval.
     """
+    factor = {"raw": 1.0} if calibrated.scale is None else {"raw": 1.0, "recalibrated": calibrated.scale.mean(axis=0)}
     tables = []
     for variant, z in calibrated.z.items():
-        factor = np.ones(z.shape[1]) if variant == "raw" else calibrated.scale.mean(axis=0)
         columns = {
-            "scale": factor,
+            "scale": np.broadcast_to(factor.get(variant, np.nan), z.shape[1]),
             "mean_z2": np.square(z).mean(axis=0),
             "ece": np.array([metrics.expected_calibration_error(column) for column in z.T]),
             **{f"coverage_{100 * level:.0f}": metrics.interval_coverage(z, level, axis=0) for level in LEVELS},
@@ -190,7 +204,7 @@ def reliability_table(calibrated: Calibrated) -> pd.DataFrame:
     """Coverage of central intervals over all rows and dimensions.
 
     Returns:
-        - variant: ``raw`` or ``recalibrated``;
+        - variant: ``raw``, ``recalibrated`` or ``isotonic``;
         - promised: probability of the interval;
         - observed: share of truths inside it.
     """
@@ -205,7 +219,7 @@ def pit_table(calibrated: Calibrated) -> pd.DataFrame:
     """Histogram of the probability integral transform over all rows and dimensions.
 
     Returns:
-        - variant: ``raw`` or ``recalibrated``;
+        - variant: ``raw``, ``recalibrated`` or ``isotonic``;
         - lower, upper: edges of the bin;
         - density: 1 in every bin is calibrated.
     """

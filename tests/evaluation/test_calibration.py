@@ -1,10 +1,20 @@
+import itertools
+
 import numpy as np
 import pytest
+from scipy.special import ndtri
 
 from data.trajectories import Transitions, gather_transitions
 from deterministic_model import DeterministicModel
 from evaluation import metrics
-from evaluation.calibration import Calibrated, assign_folds, completion, cross_fitted_scale, residual_variances
+from evaluation.calibration import (
+    Calibrated,
+    assign_folds,
+    completion,
+    cross_fitted_isotonic,
+    cross_fitted_scale,
+    residual_variances,
+)
 from evaluation.predictions import OneStep, gather_rows, predict_one_step
 
 
@@ -48,6 +58,47 @@ def test_recalibration_restores_coverage_per_dimension_and_horizon(rng):
     z = factor * rng.normal(size=(2, 20_000, 2))
     scale = cross_fitted_scale(z, assign_folds(np.arange(20_000) // 100, 5, seed=0))
     np.testing.assert_allclose(metrics.interval_coverage(z / scale, 0.9, axis=-2), 0.9, atol=0.01)
+
+
+# --- Isotonic regression ---
+
+
+def test_isotonic_regression_is_that_of_another_library_on_the_other_folds(rng):
+    regression = pytest.importorskip("sklearn.isotonic").IsotonicRegression(out_of_bounds="clip")
+    z, fold = 1.5 * rng.standard_t(3, size=(300, 2)).round(1), np.arange(300) // 100  # with ties
+    found = cross_fitted_isotonic(z, fold)
+    for current, dim in itertools.product(range(3), range(2)):
+        known = z[fold != current, dim]
+        share = [(known <= value).sum() / 201 for value in known]  # of 200 and the row to come
+        expected = regression.fit(known, share).predict(z[fold == current, dim])
+        np.testing.assert_allclose(found.pit[fold == current, dim], expected)
+
+
+def test_isotonic_regression_mends_any_shape(rng):
+    z = rng.exponential(size=(20_000, 1)) * [2.0] - 1  # neither wide enough, nor centred, nor symmetric
+    fold = assign_folds(np.arange(20_000) // 100, 5, seed=0)
+    found = cross_fitted_isotonic(z, fold)
+    assert np.histogram(found.pit, 20, (0, 1), density=True)[0] == pytest.approx(1, abs=0.1)
+    assert metrics.expected_calibration_error(ndtri(found.pit)) < 0.01
+    assert metrics.expected_calibration_error(z / cross_fitted_scale(z, fold)) > 0.03
+    assert found.std.mean() == pytest.approx(2.0, rel=0.03)  # that of the errors themselves
+    assert found.crps.mean() == pytest.approx(2.0 / 2, rel=0.03)  # of a known exponential: half its scale
+
+
+def test_isotonic_regression_leaves_a_calibrated_gaussian_as_it_is(rng):
+    z = rng.normal(size=(20_000, 2))
+    found = cross_fitted_isotonic(z, assign_folds(np.arange(20_000) // 100, 5, seed=0))
+    np.testing.assert_allclose(found.pit, metrics.probability_integral_transform(z), atol=0.02)
+    expected = metrics.gaussian_crps(z, np.zeros(z.shape), np.ones(z.shape))
+    assert found.crps.mean() == pytest.approx(expected.mean(), rel=0.01)
+
+
+def test_without_another_fold_or_with_infinite_errors_there_is_no_isotonic_regression():
+    fold = np.array([0, 0, 1, 1])
+    assert cross_fitted_isotonic(np.ones((4, 1)), np.zeros(4)) is None
+    assert cross_fitted_isotonic(np.array([[1.0], [np.inf], [0.0], [2.0]]), fold) is None
+    extreme = cross_fitted_isotonic(np.array([[1.0], [2.0], [50.0], [-50.0]]), fold)
+    np.testing.assert_allclose(extreme.pit[:, 0], [1 / 3 + 51 / 300, 1 / 3 + 52 / 300, 2 / 3, 1 / 3])  # never 0 or 1
 
 
 # --- Completing points to distributions ---

@@ -23,16 +23,19 @@ def test_a_model_that_knows_the_noise_is_found_calibrated(knowing_ensemble, nois
     data = noisy_dataset()
     tables = evaluate(knowing_ensemble(members=3), data, everything(data), **OPTIONS)
     deviation = np.array([0.5, 2.0])  # of the noise, in the model's units
-    for variant in ("raw", "recalibrated"):
+    for variant in ("raw", "recalibrated", "isotonic"):
         row = overall(tables["calibration"], variant=variant)
         assert row["mean_z2"] == pytest.approx(1.0, abs=0.03)
         assert row["ece"] < 0.01
         for level in (50, 80, 90, 95):
             assert row[f"coverage_{level}"] == pytest.approx(level / 100, abs=0.015)
-    for prediction in ("mixture", "gaussian", "recalibrated"):
+    for prediction in ("mixture", "gaussian", "recalibrated", "isotonic"):
         row = overall(tables["likelihood"], prediction=prediction)
+        assert row["sharpness"] == pytest.approx(deviation.mean(), rel=0.02)
         assert row["crps"] == pytest.approx((deviation / np.sqrt(np.pi)).mean(), rel=0.02)
         assert row["crps_raw"] == pytest.approx((deviation * (1, 10) / np.sqrt(np.pi)).mean(), rel=0.02)
+        if prediction == "isotonic":
+            continue  # has no density
         entropy = 0.5 * np.log(2 * np.pi * np.e * deviation**2)
         assert row["nll"] == pytest.approx(entropy.mean(), abs=0.02)
         assert row["nll_raw"] == pytest.approx((entropy + np.log([1, 10])).mean(), abs=0.02)
@@ -115,6 +118,7 @@ def test_rollouts_go_as_far_as_the_longest_trajectory(constant_ensemble, walks):
 def test_a_single_trajectory_is_evaluated_but_not_recalibrated(knowing_ensemble, noisy_dataset):
     data = noisy_dataset(trajectories=1)
     tables = evaluate(knowing_ensemble(), data, [0], **OPTIONS)
+    assert set(tables["likelihood"].prediction) == {"mixture", "gaussian"}
     assert set(tables["calibration"].variant) == set(tables["rollout_coverage"].variant) == {"raw"}
     assert tables["trajectories"].crps_recalibrated.isna().all()
     summary = summarise(tables, [1, 3])
@@ -142,6 +146,8 @@ def test_summary_holds_the_numbers_of_the_tables(knowing_ensemble, noisy_dataset
     tables = evaluate(knowing_ensemble(), data, everything(data), ood_rows={"same": rows}, **OPTIONS)
     summary = summarise(tables, [1, 3])
     assert summary["nrmse"] == overall(tables["one_step"], predictor="ensemble")["rmse"]
+    assert summary["median_error"] == overall(tables["one_step"], predictor="ensemble")["median"]
+    assert summary["sharpness_mixture"] == overall(tables["likelihood"], prediction="mixture")["sharpness"]
     assert summary["crps_recalibrated"] == overall(tables["likelihood"], prediction="recalibrated")["crps"]
     assert summary["coverage_90_raw"] == overall(tables["calibration"], variant="raw")["coverage_90"]
     tsinf = tables["rollout"].query("propagation == 'tsinf'").set_index("horizon")
@@ -156,13 +162,15 @@ def test_headline_numbers_bear_the_published_names(random_member, linear_system)
     parts = [linear_system(rows=40, seed=seed) for seed in range(2)]
     made = [Trajectory(p.states, p.actions, p.rewards, p.next_states, False) for p in parts]
     summary = summarise(evaluate(ensemble, Dataset("", None, "", made), np.arange(2), **OPTIONS), [1, 3])
-    errors = ["nrmse", "rmse_raw", "r2", "nrmse_member_median", "nrmse_member_worst", "nrmse_linear", "nrmse_no_change"]
+    errors = ["nrmse", "rmse_raw", "r2", "median_error"]
+    errors += [f"nrmse_{of}" for of in ("member_median", "member_worst", "linear", "no_change")]
     scores = ["mean_z2", "ece", "coverage_50", "coverage_80", "coverage_90", "coverage_95"]
     measures = ["max_pairwise", "ensemble_std", "max_aleatoric", "total_std"]
     names = {
         *errors,
-        *(f"{score}_{of}" for score in ("nll", "crps") for of in ("mixture", "gaussian", "recalibrated")),
-        *(f"{score}_{variant}" for score in scores for variant in ("raw", "recalibrated")),
+        *(f"{score}_{of}" for score in ("nll", "crps", "sharpness") for of in ("mixture", "gaussian", "recalibrated")),
+        *(f"{score}_isotonic" for score in ("crps", "sharpness")),
+        *(f"{score}_{variant}" for score in scores for variant in ("raw", "recalibrated", "isotonic")),
         *(f"{score}_{of}" for score in ("spearman", "auroc_worst", "risk_reduction") for of in measures),
         *(f"{score}_{of}_{k}" for score in ("error", "diverged") for of in ("mean", "ts1", "tsinf") for k in (1, 3)),
         *(f"calibrated_horizon_{of}_{variant}" for of in ("ts1", "tsinf") for variant in ("raw", "recalibrated")),

@@ -95,6 +95,61 @@ def test_mixture_of_equal_gaussians_scores_as_one(rng):
     np.testing.assert_allclose(metrics.mixture_nll(np.stack([nll] * 3)), nll)
 
 
+def test_crps_of_many_quantiles_is_that_of_the_distribution():
+    truth, quantiles = np.array([-3.0, 0.0, 0.4, 5.0]), stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
+    expected = metrics.gaussian_crps(truth, np.zeros(4), np.ones(4))
+    np.testing.assert_allclose(metrics.quantile_crps(truth, quantiles), expected, atol=1e-3)
+
+
+def test_crps_of_few_quantiles_is_that_of_as_many_equally_likely_values(rng):
+    truth, quantiles = rng.normal(size=6), np.sort(rng.normal(size=5))
+    distance = np.abs(truth[:, None] - quantiles).mean(axis=1)
+    expected = distance - np.abs(quantiles[:, None] - quantiles).mean() / 2
+    np.testing.assert_allclose(metrics.quantile_crps(truth, quantiles), expected)
+    np.testing.assert_allclose(metrics.quantile_crps(truth, np.array([2.0])), np.abs(truth - 2))
+
+
+# --- Energy score ---
+
+
+def test_energy_score_equals_the_means_over_particles_and_pairs(rng):
+    particles, truth = rng.normal(size=(5, 3, 4)), rng.normal(size=(3, 4))
+    for at, score in enumerate(metrics.energy_score(particles, truth)):
+        distances = [metrics.rmse(particle - truth[at]) for particle in particles[:, at]]
+        pairs = [metrics.rmse(one - other) for one, other in itertools.permutations(particles[:, at], 2)]
+        assert score == pytest.approx(np.mean(distances) - np.mean(pairs) / 2)
+
+
+def test_energy_score_is_that_of_another_library(rng):
+    scoringrules = pytest.importorskip("scoringrules")
+    particles, truth = rng.normal(size=(20, 8, 11)), rng.normal(size=(8, 11))
+    expected = scoringrules.es_ensemble(truth, particles, m_axis=0, estimator="fair", backend="numpy")
+    np.testing.assert_allclose(metrics.energy_score(particles, truth), expected / np.sqrt(11))
+
+
+def test_energy_score_of_a_point_is_its_error_and_of_one_dimension_the_crps(rng):
+    particles, truth = rng.normal(size=(1, 6, 3)), rng.normal(size=(6, 3))
+    np.testing.assert_allclose(metrics.energy_score(particles, truth), metrics.rmse(particles[0] - truth, axis=-1))
+    truth = np.array([-2.0, 0.0, 1.0])
+    drawn = metrics.energy_score(rng.normal(size=(2000, 3, 1)), truth[:, None])
+    np.testing.assert_allclose(drawn, metrics.gaussian_crps(truth, np.zeros(3), np.ones(3)), atol=0.05)
+
+
+def test_energy_score_of_few_particles_is_that_of_many_on_average(rng):
+    truth = np.tile([0.5, -1.0], (40_000, 1))
+    few, many = (
+        metrics.energy_score(rng.normal(size=(count, 40_000 // count, 2)), truth[: 40_000 // count]).mean()
+        for count in (2, 100)
+    )
+    assert few == pytest.approx(many, abs=0.02)
+
+
+def test_energy_score_of_particles_that_exploded_is_infinite():
+    particles = np.zeros((3, 2, 2))
+    particles[1, 1] = [np.nan, 0.0]
+    assert metrics.energy_score(particles, np.zeros((2, 2))).tolist() == [0.0, np.inf]
+
+
 # --- Calibration ---
 
 

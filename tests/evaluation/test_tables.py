@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import ndtri
 
 from data.trajectories import Dataset, Trajectory
 from deterministic_model import DeterministicModel
@@ -31,6 +32,10 @@ def test_the_mean_of_members_who_err_in_opposite_directions_is_right(overall):
     linear = overall(table, predictor="linear")
     assert (linear["rmse"], linear["rmse_raw"]) == (1.0, pytest.approx(np.sqrt((1 + 100) / 2)))
     assert linear["r2"] == pytest.approx(1 - 2 / 2)  # the second dimension is constant here: only the first counts
+    assert linear["median"] == 1.0
+    assert overall(table, predictor="no_change")["median"] == pytest.approx((1 + np.sqrt(5)) / 2)  # of 1 and sqrt(5)
+    medians = table[table.predictor == "no_change"].set_index("dimension")["median"]
+    assert medians[["0", "1"]].tolist() == [2.0, 1.0]
     all_elites = tables.one_step_table(one_step, None, [0, 1, 2], SCALE).predictor
     assert set(expected) - set(all_elites) == {"elites", "linear"}
     # Subsets of one: mean square 6 of one of two dimensions; of two: (1.5, 1.5, 0); of three: 0.
@@ -51,28 +56,35 @@ def test_the_mixture_has_the_likelihood_of_its_own_kind_of_density(constant_ense
     np.testing.assert_array_equal(laplace["mixture"].crps, gaussian["mixture"].crps)
     np.testing.assert_array_equal(laplace["gaussian"].nll, gaussian["gaussian"].nll)
     table = tables.likelihood_table(laplace, SCALE)
-    assert list(table.prediction.unique()) == ["mixture", "gaussian", "recalibrated"]
+    assert list(table.prediction.unique()) == ["mixture", "gaussian", "recalibrated", "isotonic"]
     mixture = overall(table, prediction="mixture")
     assert mixture["nll"] == pytest.approx(1.5 + np.log(2))
     assert mixture["nll_raw"] == pytest.approx(1.5 + np.log(2) + np.log(10) / 2)
     crps = laplace["mixture"].crps[0]
     assert mixture["crps_raw"] == pytest.approx((crps * (1, 10)).mean())
+    assert mixture["sharpness"] == 1.0
+    assert overall(table, prediction="recalibrated")["sharpness"] == pytest.approx((1 + 2) / 2)
+    isotonic = overall(table, prediction="isotonic")
+    assert np.isnan([isotonic["nll"], isotonic["nll_raw"]]).all()
+    # All errors of the other fold are 1 and -2: the distribution is that point, and the score the distance to it.
+    assert (isotonic["crps"], isotonic["sharpness"]) == (0.0, 0.0)
 
 
 def test_calibration_by_hand():
     one_step = OneStep(np.array([[0.5], [-0.5], [3.0], [-3.0]]), np.zeros((1, 4, 1)), np.ones((1, 4, 1)))
     calibrated = Calibrated.of(one_step, one_step.variances, np.array([0, 1, 0, 1]))
     table = tables.calibration_table(calibrated, Scale(np.array([3]), np.array([1.0])))
-    assert table.dimension.tolist() == ["all", "3"] * 2
+    assert table.dimension.tolist() == ["all", "3"] * 3
     found = table[table.dimension == "3"].set_index("variant")
-    assert found.scale.tolist() == pytest.approx([1.0, np.sqrt(9.25 / 2)])
-    assert found.mean_z2.tolist() == pytest.approx([9.25 / 2, 1.0])
-    assert found[["coverage_50", "coverage_90"]].to_numpy().tolist() == [[0.5, 0.5], [0.5, 1.0]]
+    assert found.scale.tolist() == pytest.approx([1.0, np.sqrt(9.25 / 2), np.nan], nan_ok=True)
+    # By isotonic regression, 0.5 and 3 lie beyond all of -0.5 and -3, where shares are 1/3 and 2/3; and so do those.
+    assert found.mean_z2.tolist() == pytest.approx([9.25 / 2, 1.0, ndtri(2 / 3) ** 2])
+    assert found[["coverage_50", "coverage_90"]].to_numpy().tolist() == [[0.5, 0.5], [0.5, 1.0], [1.0, 1.0]]
     reliability = tables.reliability_table(calibrated).query("variant == 'raw'").set_index("promised").observed
     assert (reliability[0.0], reliability[1.0]) == (0.0, 1.0)
     assert (reliability[(reliability.index > 0.4) & (reliability.index < 0.99)] == 0.5).all()  # |z| of 0.5 and of 3
     pit = tables.pit_table(calibrated)
-    assert pit.groupby("variant").density.sum().tolist() == pytest.approx([20, 20])
+    assert pit.groupby("variant").density.sum().tolist() == pytest.approx([20, 20, 20])
     raw = pit[pit.variant == "raw"]
     assert raw.lower[raw.density > 0].tolist() == pytest.approx([0.0, 0.3, 0.65, 0.95])  # Phi of -3, -0.5, 0.5, 3
 
