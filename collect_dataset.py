@@ -10,7 +10,13 @@ dataset (training takes minutes to an hour; stable-baselines3 is needed):
         --output results/hopper-medium.hdf5 --save_policy results/hopper-medium.npz
 
 The trained policy is a small NumPy file. Collecting from it again (--policy results/hopper-medium.npz) needs neither
-training nor stable-baselines3 and, with the same seed on the same machine, gives the same transitions bit for bit.
+training nor stable-baselines3 and, with the same seed and versions of packages, gives the same file byte for byte.
+--save_snapshots FOLDER keeps policies of the whole training too, from bad to good. Several policies collect one after
+the other, as in D4RL's `replay` datasets: the file's attribute `policy_rows` says how many rows each has, in the order
+of `policies`.
+
+    python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper/*.npz --steps 2000 \
+        --output results/hopper-replay.hdf5
 
 Datasets that exist already, in any format that learn_model.py reads, are described or written for other programs: as
 D4RL-format HDF5 or as a pickle of paths, by the ending of --output.
@@ -23,7 +29,7 @@ A file that was collected holds, with one row per transition and float32 unless 
     observations, actions, rewards    what the policy saw, what it intended, what it was paid
     next_observations                 what it saw next (left out by --drop_next_observations)
     terminals (bool)                  the environment ended the episode
-    timeouts (bool)                   the episode was cut: by its time limit or, in the last row, by the file's end
+    timeouts (bool)                   the episode was cut: by its time limit or, in a policy's last row, by its end
     infos/qpos, infos/qvel            MuJoCo only: the simulator's state in which `observations` was seen
 
 Two rows belong to the same episode exactly when no terminal or timeout stands between them. Differences from D4RL:
@@ -39,11 +45,9 @@ import importlib.util
 import itertools
 import math
 import pickle
-import platform
 import shlex
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +55,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import CommandLine, check_output_file, exit_on_input_error
+from data.behaviour import Policy, RandomPolicy, Snapshots, SquashedGaussianPolicy
 from utils import InputError, atomic_write, did_you_mean
 
 if TYPE_CHECKING:
@@ -71,117 +76,11 @@ SAC_SETTINGS: dict[str, Any] = {
 MAX_TRAIN_STEPS = 500_000
 EVALUATE_EVERY = 5_000  # training steps between two evaluations
 EVALUATION_EPISODES = 10
-LOG_STD_RANGE = (-20.0, 2.0)  # stable-baselines3 clips the actor's log standard deviation to this
+SNAPSHOTS = 12  # policies of a training that are kept
 
 HDF5_ENDINGS, PICKLE_ENDINGS = (".hdf5", ".h5"), (".pkl", ".pickle")
 
 POLICY_STREAM, NOISE_STREAM = 0, 1  # each purpose draws from its own random stream
-
-# Takes an observation, ``(observation_dim,)``, and a random generator; returns the intended action, ``(action_dim,)``.
-Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
-
-# --- Policies ---
-
-
-class RandomPolicy:
-    """Draws actions uniformly from the action space."""
-
-    description = "random: uniform over the action space"
-
-    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
-        self.low, self.high = low, high
-
-    def __call__(self, observation: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Returns an action, ``(action_dim,)`` float32, whatever the observation."""
-        return random.uniform(self.low, self.high).astype(np.float32)
-
-
-class SquashedGaussianPolicy:
-    """The actor of soft actor-critic in NumPy: a Gaussian squashed by tanh, its mean and deviation given by an MLP.
-
-    Args:
-        arrays: ``weight_I`` (out, in) and ``bias_I`` (out,) of the hidden layers; ``mean_weight``, ``mean_bias``,
-            ``log_std_weight`` and ``log_std_bias`` of the two heads; ``low`` and ``high``, the action space's bounds.
-        description: What the policy is and how it was trained.
-    """
-
-    def __init__(self, arrays: dict[str, np.ndarray], description: str) -> None:
-        self.arrays, self.description = arrays, description
-        self.depth = sum(name.startswith("weight_") for name in arrays)
-
-    def __call__(self, observation: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Returns an action drawn for ``observation`` ``(observation_dim,)``, as ``(action_dim,)`` float32."""
-        mean, log_std = self.gaussian(observation)
-        noise = random.standard_normal(len(mean), dtype=np.float32)
-        low, high = self.arrays["low"], self.arrays["high"]
-        action = low + 0.5 * (np.tanh(mean + np.exp(log_std) * noise) + 1.0) * (high - low)
-        return np.clip(action, low, high)
-
-    def gaussian(self, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the mean and log standard deviation before squashing, each ``(action_dim,)``."""
-        hidden = observation.astype(np.float32)
-        for layer in range(self.depth):
-            hidden = np.maximum(self.arrays[f"weight_{layer}"] @ hidden + self.arrays[f"bias_{layer}"], 0.0)
-        mean = self.arrays["mean_weight"] @ hidden + self.arrays["mean_bias"]
-        log_std = self.arrays["log_std_weight"] @ hidden + self.arrays["log_std_bias"]
-        return mean, np.clip(log_std, *LOG_STD_RANGE)
-
-    @classmethod
-    def from_actor(cls, actor: Any, low: np.ndarray, high: np.ndarray, description: str) -> SquashedGaussianPolicy:
-        """Copies the weights of a stable-baselines3 SAC actor."""
-        hidden = [layer for layer in actor.latent_pi if hasattr(layer, "weight")]
-        arrays = {"low": low, "high": high}
-        for index, layer in enumerate(hidden):
-            arrays[f"weight_{index}"], arrays[f"bias_{index}"] = numpy_weights(layer)
-        arrays["mean_weight"], arrays["mean_bias"] = numpy_weights(actor.mu)
-        arrays["log_std_weight"], arrays["log_std_bias"] = numpy_weights(actor.log_std)
-        return cls(arrays, description)
-
-    def save(self, path: Path, env_id: str) -> None:
-        """Writes the policy as ``.npz``, without pickles.
-
-        Args:
-            path: The file.
-            env_id: The environment the policy was trained in, the only one it can be loaded for.
-        """
-        with atomic_write(path) as file:
-            np.savez(file, env_name=env_id, description=self.description, **self.arrays)
-
-    @classmethod
-    def load(cls, path: Path, env: gymnasium.Env) -> SquashedGaussianPolicy:
-        """Reads a policy that ``save`` wrote for the same environment.
-
-        Raises:
-            InputError: If the file is missing, is no such policy, or was trained in another environment.
-        """
-        if not path.is_file():
-            raise InputError(
-                f"policy {str(path)!r} is not a file; --policy takes 'sac', 'random' or the .npz file that an earlier "
-                "--policy sac saved"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            trained_in, description = str(arrays.pop("env_name")), str(arrays.pop("description"))
-            policy = cls(arrays, description)
-            if trained_in == env.spec.id:
-                policy(np.zeros(env.observation_space.shape), np.random.default_rng(0))  # every array is there and fits
-        except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"policy {str(path)!r} cannot be read ({error}); expected the .npz file that --policy sac saves"
-            ) from error
-        if trained_in != env.spec.id:
-            raise InputError(
-                f"policy {str(path)!r} was trained in {trained_in!r}, not in {env.spec.id!r}; give --env {trained_in} "
-                "or another policy"
-            )
-        return policy
-
-
-def numpy_weights(layer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns copies of a linear layer's weight ``(out, in)`` and bias ``(out,)``."""
-    return layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy()
 
 
 # --- Acting ---
@@ -219,13 +118,15 @@ def make_env(env_id: str) -> gymnasium.Env:
     return env
 
 
-def transitions(env: gymnasium.Env, policy: Policy, seed: int, process_noise: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Yields transitions without end, episode after episode, each as a row of the dataset by key.
+def transitions(
+    env: gymnasium.Env, shares: Sequence[tuple[Policy, int]], seed: int, process_noise: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Yields transitions, episode after episode, each as a row of the dataset by key.
 
     Args:
         env: The environment to act in.
-        policy: Who acts.
-        seed: Fixes start states, the policy's draws and the process noise.
+        shares: Who acts, and for how many steps before the next one begins an episode.
+        seed: Fixes start states, the policies' draws and the process noise.
         process_noise: Standard deviation, in action units, of Gaussian noise on the executed action, which is clipped
             to the action space. The row keeps the intended action, so the dynamics it shows are truly stochastic.
     """
@@ -233,55 +134,83 @@ def transitions(env: gymnasium.Env, policy: Policy, seed: int, process_noise: fl
     noise_random = np.random.default_rng([seed, NOISE_STREAM])
     low, high = env.action_space.low, env.action_space.high
     data = getattr(env.unwrapped, "data", None)  # MuJoCo's simulation state
-    observation, _ = env.reset(seed=seed)
-    while True:
-        state = {f"infos/{name}": getattr(data, name).copy() for name in ("qpos", "qvel") if hasattr(data, name)}
-        action = policy(observation, policy_random)
-        noise = process_noise * noise_random.standard_normal(action.shape)
-        executed = np.clip(action + noise, low, high).astype(np.float32)
-        next_observation, reward, terminated, truncated, _ = env.step(executed)
-        yield {
-            "observations": observation,
-            "actions": action,
-            "rewards": reward,
-            "next_observations": next_observation,
-            "terminals": bool(terminated),
-            "timeouts": bool(truncated and not terminated),
-            **state,
-        }
-        observation = next_observation
-        if terminated or truncated:
-            observation, _ = env.reset()
+    for index, (policy, steps) in enumerate(shares):
+        observation, _ = env.reset(seed=None if index else seed)
+        for _ in range(steps):
+            state = {f"infos/{name}": getattr(data, name).copy() for name in ("qpos", "qvel") if hasattr(data, name)}
+            action = policy(observation, policy_random)
+            noise = process_noise * noise_random.standard_normal(action.shape)
+            executed = np.clip(action + noise, low, high).astype(np.float32)
+            next_observation, reward, terminated, truncated, _ = env.step(executed)
+            yield {
+                "observations": observation,
+                "actions": action,
+                "rewards": reward,
+                "next_observations": next_observation,
+                "terminals": bool(terminated),
+                "timeouts": bool(truncated and not terminated),
+                **state,
+            }
+            observation = next_observation
+            if terminated or truncated:
+                observation, _ = env.reset()
 
 
 def collect(
-    env: gymnasium.Env, policy: Policy, steps: int, seed: int, process_noise: float = 0.0
+    env: gymnasium.Env, shares: Sequence[tuple[Policy, int]], seed: int, process_noise: float = 0.0
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Acts for ``steps`` steps; the other arguments are those of ``transitions``.
+    """Acts; the arguments are those of ``transitions``.
 
     Returns:
-        The dataset's columns by key, ``(steps, ...)`` each, float32 or bool, with the last row marked as the end of its
-        episode; and the returns of the episodes that ended before that.
+        The dataset's columns by key, ``(rows, ...)`` each, float32 or bool, with the last row of each policy marked as
+        the end of its episode; and the returns of the episodes that ended before that.
     """
+    cuts = set(itertools.accumulate(steps for _, steps in shares))
+    rows = max(cuts)
     columns: dict[str, np.ndarray] = {}
     returns, episode_return = [], 0.0
-    rows = itertools.islice(transitions(env, policy, seed, process_noise), steps)
-    for index, row in enumerate(tqdm(rows, total=steps, desc="collecting", unit="step")):
+    collected = tqdm(transitions(env, shares, seed, process_noise), total=rows, desc="collecting", unit="step")
+    for index, row in enumerate(collected):
         for key, value in row.items():
             if index == 0:
-                columns[key] = np.zeros((steps, *np.shape(value)), bool if isinstance(value, bool) else np.float32)
+                columns[key] = np.zeros((rows, *np.shape(value)), bool if isinstance(value, bool) else np.float32)
             columns[key][index] = value
         episode_return += float(row["rewards"])
         if row["terminals"] or row["timeouts"]:
             returns.append(episode_return)
             episode_return = 0.0
-    columns["timeouts"][-1] = not columns["terminals"][-1]
+        elif index + 1 in cuts:
+            columns["timeouts"][index] = True
+            episode_return = 0.0
     return columns, returns
+
+
+def position_count(env: gymnasium.Env) -> int:
+    """Returns how many entries of an observation are positions, where all others, behind them, are velocities.
+
+    Raises:
+        InputError: If the environment does not say that its observations are made so.
+    """
+    structure = getattr(env.unwrapped, "observation_structure", {})
+    entries = {name: size for name, size in structure.items() if size and not name.startswith("skipped")}
+    if list(entries) != ["qpos", "qvel"]:
+        made_of = f"are made of {', '.join(entries)}" if entries else "are not described"
+        raise InputError(
+            f"--hide_velocities needs observations of positions, then velocities, and nothing else; those of "
+            f"{env.spec.id} {made_of}; use Hopper-v5, Walker2d-v5, HalfCheetah-v5, Swimmer-v5 or InvertedPendulum-v5"
+        )
+    return entries["qpos"]
+
+
+def even_shares(policies: Sequence[Policy], steps: int) -> list[tuple[Policy, int]]:
+    """Divides steps among policies as evenly as whole numbers can be; who comes first has one more, if any."""
+    fewest, more = divmod(steps, len(policies))
+    return [(policy, fewest + (index < more)) for index, policy in enumerate(policies)]
 
 
 def evaluate(env: gymnasium.Env, policy: Policy, episodes: int, seed: int) -> float:
     """Returns the mean return of the policy's stochastic actions over whole episodes."""
-    rows = transitions(env, policy, seed)
+    rows = transitions(env, [(policy, sys.maxsize)], seed)
     total, ended = 0.0, 0
     while ended < episodes:
         row = next(rows)
@@ -293,7 +222,9 @@ def evaluate(env: gymnasium.Env, policy: Policy, episodes: int, seed: int) -> fl
 # --- Training ---
 
 
-def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path: Path) -> None:
+def train_sac(
+    env_id: str, target_return: float, max_steps: int, seed: int, path: Path, snapshots: Snapshots | None = None
+) -> None:
     """Trains soft actor-critic until its stochastic actions return ``target_return``, keeping the best policy on disk.
 
     Args:
@@ -302,6 +233,7 @@ def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path
         max_steps: Environment steps after which training gives up.
         seed: Fixes training and evaluation.
         path: Where the best policy is written, after every evaluation that improves on it.
+        snapshots: Keeps some of the evaluated policies, if given.
 
     Raises:
         InputError: If the target is not reached in ``max_steps``; the best policy stays at ``path``.
@@ -328,18 +260,18 @@ def train_sac(env_id: str, target_return: float, max_steps: int, seed: int, path
         while best < target_return and model.num_timesteps < max_steps:
             chunk = min(EVALUATE_EVERY, max_steps - model.num_timesteps)
             model.learn(chunk, callback=advance, reset_num_timesteps=False)
-            policy = SquashedGaussianPolicy.from_actor(
-                model.actor, env.action_space.low, env.action_space.high, description=""
+            policy = SquashedGaussianPolicy.from_actor(model.actor, env.action_space.low, env.action_space.high)
+            policy.evaluation_return = achieved = evaluate(evaluation_env, policy, EVALUATION_EPISODES, seed)
+            policy.description = (
+                f"sac: stochastic actions after {model.num_timesteps} training steps (seed {seed}, evaluation "
+                f"return {achieved:.0f} over {EVALUATION_EPISODES} episodes, stable-baselines3 "
+                f"{stable_baselines3.__version__})"
             )
-            achieved = evaluate(evaluation_env, policy, EVALUATION_EPISODES, seed)
             if achieved > best:
                 best = achieved
-                policy.description = (
-                    f"sac: stochastic actions after {model.num_timesteps} training steps (seed {seed}, evaluation "
-                    f"return {achieved:.0f} over {EVALUATION_EPISODES} episodes, stable-baselines3 "
-                    f"{stable_baselines3.__version__})"
-                )
                 policy.save(path, env_id)
+            if snapshots is not None:
+                snapshots.add(policy, env_id, model.num_timesteps)
             bar.set_postfix({"return": f"{achieved:.0f}", "best": f"{best:.0f}"})
     if best < target_return:
         raise InputError(
@@ -412,6 +344,8 @@ def describe_dataset(dataset: Dataset) -> list[str]:
     keys = " ".join(sorted(to_columns(dataset)))
     shown = file.name if file else dataset.name
     environment = dataset.env_name or "-"
+    if "hidden" in made:
+        environment += f" without its {made['hidden']}"
     return [shown, environment, policy, noise, mean_return, episodes, str(dataset.num_rows), size, keys]
 
 
@@ -430,14 +364,15 @@ def check_output(path: Path, flag: str, overwrite: bool) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that the data depend on, by the name of the file's attribute.
+    """Returns the versions of the packages that the data depend on, by the name of the file's attribute.
 
-    A package that is not installed is left out.
+    A package that is not installed is left out. So is what the data do not depend on, Python itself and what trained
+    the policy: where these packages are the same, the same command should write the same bytes.
     """
-    found = {"python_version": platform.python_version()}
-    for package in ("gymnasium", "mujoco", "numpy", "stable-baselines3"):
+    found = {}
+    for package in ("gymnasium", "mujoco", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[f"{package.replace('-', '_')}_version"] = importlib.metadata.version(package)
+            found[f"{package}_version"] = importlib.metadata.version(package)
     return found
 
 
@@ -450,9 +385,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--policy",
-        default="random",
+        nargs="+",
+        default=["random"],
         help="who acts: 'random' (uniform actions, the default), 'sac' (train one first, needs stable-baselines3), or "
-        "the .npz file that an earlier 'sac' saved",
+        "the .npz file that an earlier 'sac' saved; several files act one after the other, for equal numbers of steps",
     )
     parser.add_argument("--steps", type=int, default=50_000, help="transitions to collect (default 50000)")
     parser.add_argument("--output", type=Path, help="HDF5 file to write; its folder is made where it is missing")
@@ -482,6 +418,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="with --policy sac: where to keep the trained policy (default: --output with the ending .npz); after "
         "every evaluation it holds the best so far, so that training may be interrupted",
+    )
+    parser.add_argument(
+        "--save_snapshots",
+        type=Path,
+        metavar="FOLDER",
+        help=f"with --policy sac: also keep {SNAPSHOTS} policies of the way, one file each, named by training step and "
+        "spread evenly over the returns reached",
+    )
+    parser.add_argument(
+        "--hide_velocities",
+        action="store_true",
+        help="leave the velocities out of the observations in the file, though the policy sees them: what follows is "
+        "then no function of what is seen (MuJoCo environments of positions and velocities)",
     )
     parser.add_argument(
         "--drop_next_observations",
@@ -524,7 +473,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.process_noise) and args.process_noise >= 0):
         raise InputError(f"--process_noise {args.process_noise} is no standard deviation; expected 0 or more")
     check_output(args.output, "--output", args.overwrite)
-    if args.policy == "sac":
+    if len(args.policy) > args.steps:
+        raise InputError(f"--steps {args.steps} is too few for {len(args.policy)} policies; expected one each at least")
+    if len(args.policy) > 1 and {"sac", "random"} & set(args.policy):
+        raise InputError(f"several policies must be .npz files, but --policy is {' '.join(args.policy)!r}")
+    if args.policy == ["sac"]:
         if args.target_return is None or not math.isfinite(args.target_return):
             raise InputError("--policy sac needs --target_return, the return that ends training, e.g. 1500 in Hopper")
         if args.max_train_steps is not None and args.max_train_steps < 1:
@@ -532,10 +485,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         if trained_policy(args) == args.output:
             raise InputError(f"the dataset and the policy would both be {str(args.output)!r}; give two different files")
         check_output(trained_policy(args), "--save_policy", args.overwrite)
+        if args.save_snapshots and args.save_snapshots.exists():
+            raise InputError(f"--save_snapshots {str(args.save_snapshots)!r} exists already; give a new folder")
     else:
-        for flag in ("target_return", "max_train_steps", "save_policy"):
+        for flag in ("target_return", "max_train_steps", "save_policy", "save_snapshots"):
             if getattr(args, flag) is not None:
-                raise InputError(f"--{flag} is for --policy sac, but --policy is {args.policy!r}; leave it out")
+                raise InputError(
+                    f"--{flag} is for --policy sac, but --policy is {' '.join(args.policy)!r}; leave it out"
+                )
 
 
 def check_conversion(args: argparse.Namespace) -> None:
@@ -583,6 +540,33 @@ def trained_policy(args: argparse.Namespace) -> Path:
     return args.save_policy or args.output.with_suffix(".npz")
 
 
+def choose_policies(args: argparse.Namespace, env: gymnasium.Env) -> list[Policy]:
+    """Returns who acts, trained first if need be.
+
+    Raises:
+        InputError: If a file is no policy of the environment, or training does not reach its target.
+    """
+    if args.policy == ["random"]:
+        return [RandomPolicy(env.action_space.low, env.action_space.high)]
+    files = [Path(name) for name in args.policy]
+    if args.policy == ["sac"]:
+        files = [trained_policy(args)]
+        snapshots = Snapshots(args.save_snapshots, SNAPSHOTS) if args.save_snapshots else None
+        train_sac(args.env, args.target_return, args.max_train_steps or MAX_TRAIN_STEPS, args.seed, files[0], snapshots)
+    return [SquashedGaussianPolicy.load(file, args.env, env.observation_space.shape[0]) for file in files]
+
+
+def describe_policies(shares: Sequence[tuple[Policy, int]]) -> dict[str, Any]:
+    """Returns the attributes of a file that say who acted, and in which of its rows."""
+    if len(shares) == 1:
+        return {"policy": shares[0][0].description}
+    return {
+        "policy": f"mixture: {len(shares)} policies, one after the other",
+        "policies": [policy.description for policy, _ in shares],
+        "policy_rows": [rows for _, rows in shares],
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Collects one dataset, or describes or converts some."""
     args = parse_arguments(argv)
@@ -602,22 +586,17 @@ def main(argv: list[str] | None = None) -> None:
         check_arguments(args)
         args.env = find_environment(args.env)
         env = make_env(args.env)
-        if args.policy == "random":
-            policy = RandomPolicy(env.action_space.low, env.action_space.high)
-        elif args.policy == "sac":
-            max_steps = args.max_train_steps or MAX_TRAIN_STEPS
-            train_sac(args.env, args.target_return, max_steps, args.seed, trained_policy(args))
-            policy = SquashedGaussianPolicy.load(trained_policy(args), env)
-        else:
-            policy = SquashedGaussianPolicy.load(Path(args.policy), env)
-        from data.hdf5 import write_hdf5
-
-        columns, returns = collect(env, policy, args.steps, args.seed, args.process_noise)
+        shown = position_count(env) if args.hide_velocities else None
+        shares = even_shares(choose_policies(args, env), args.steps)
+        columns, returns = collect(env, shares, args.seed, args.process_noise)
+        for key in ("observations", "next_observations"):
+            columns[key] = columns[key][:, :shown]
         if args.drop_next_observations:
             del columns["next_observations"]
         attributes = {
             "env_name": args.env,
-            "policy": policy.description,
+            **({"hidden": "velocities"} if args.hide_velocities else {}),
+            **describe_policies(shares),
             "seed": args.seed,
             "process_noise": args.process_noise,
             "episodes": len(returns),
@@ -625,6 +604,8 @@ def main(argv: list[str] | None = None) -> None:
             "command": command,
             **versions(),
         }
+        from data.hdf5 import write_hdf5
+
         write_hdf5(args.output, columns, attributes, compression=9)
         mean_return = f", mean return {np.mean(returns):.0f}" if returns else ""
         print(f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes{mean_return}")

@@ -8,7 +8,7 @@ pytest.importorskip("mujoco")
 from benchmarks import planning
 from benchmarks.harness import ResultsFile
 from benchmarks.real_environments import DOMAINS, Simulator, squashed_gaussian
-from collect_dataset import SquashedGaussianPolicy
+from data.behaviour import SquashedGaussianPolicy
 from model_env import ModelState, ModelStep
 
 
