@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from utils import InputError, did_you_mean
+
+_WAY_TO_MULTIPLY = re.compile(r"(torch|onednn|openblas)/(together|apart)/[1-9][0-9]{0,2}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class LearnConfig:
     # on processors with AMX, to TF32 on GPUs that have it, with PyTorch 2.9 or newer. 0 never rounds; scores never do.
     reduced_precision: float = 0.8
 
+    # How training multiplies, LIBRARY/GROUPING/THREADS: by torch, onednn or openblas; members take steps together, or
+    # each thread takes members of its own (apart). null tries the ways at the start of a run and takes the fastest.
+    products: str | None = None
+
     # --- Data ---
     # Train each member on its own bootstrap sample: as many rows as there are, drawn with replacement.
     bootstrap: bool = False
@@ -108,6 +115,8 @@ class LearnConfig:
             value = getattr(self, name)
             _require(value is None or 0 <= value < 2**32, name, value, "a whole number from 0 to 2^32 - 1")
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "null or a positive number")
+        is_way = self.products is None or _WAY_TO_MULTIPLY.fullmatch(self.products)
+        _require(is_way, "products", self.products, "null, or LIBRARY/GROUPING/THREADS such as torch/apart/2")
         milestones = self.scheduler_milestones
         _require(min(milestones, default=1) >= 1, "scheduler_milestones", milestones, "epochs from 1 on")
         decays = self.layer_decays

@@ -99,6 +99,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
     from reporting.learning_curves import plot_learning_curves
     from tracking.run_folder import RunOutcome
     from tracking.trackers import Summary
+    from training.fastest_products import fastest_products
     from training.loop import train_ensemble
     from training.scores import mean_scores, metric_rows, rank_elites, score_members
 
@@ -107,6 +108,9 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
             train = normalise_rows(ensemble, transitions)
             holdout = normalise_rows(ensemble, division.holdout()) if holds_out else None
             ensemble.holdout_idx = division.holdout_rows()
+            products = run.record.products or str(fastest_products(ensemble, config, train))
+            config = dataclasses.replace(config, products=products)
+            run.settle(products, config.to_yaml())
             if not args.quiet:
                 print(describe(config, division, len(train.inputs), device, run), file=sys.stderr)
             score_every = 1 if args.track_training else TRAIN_SCORE_EVERY
@@ -466,10 +470,10 @@ def summarise_data(
 
 def describe(config: LearnConfig, division: Division, rows: int, device: str, run: RunFolder) -> str:
     """Returns what is about to happen, in two lines."""
-    from training.hardware import reduced_epochs
+    from training.precision import reduced_epochs
 
     rounded = reduced_epochs(config, device.startswith("cuda"))
-    precision = f" (products rounded in {rounded} of {config.fit_epochs} epochs)" if rounded else ""
+    precision = f" in {rounded} of {config.fit_epochs} epochs rounded" if rounded else ""
     kind, widths = config.kind_of_ensemble, "x".join(map(str, config.hidden_size))
     split, unit = division.split, "trajectories" if division.pieces is None else "pieces"
     held_out = f"{len(split.holdout)} held out"
@@ -477,7 +481,8 @@ def describe(config: LearnConfig, division: Division, rows: int, device: str, ru
         held_out = f"{len(division.holdout_dataset.trajectories)} of {division.holdout_dataset.name} held out"
     return (
         f"{division.whole.name}: {rows} training rows of {len(split.train)} {unit}, {held_out}\n"
-        f"{config.ensemble_size} {kind} members, layers {widths}, on {device}{precision}; run {run.name}"
+        f"{config.ensemble_size} {kind} members, layers {widths}, on {device}; products by {config.products}"
+        f"{precision}; run {run.name}"
     )
 
 

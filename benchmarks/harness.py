@@ -104,12 +104,13 @@ class ResultsFile:
         with atomic_write(self.csv, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g")
 
-    def publish(self, text: str, figure: Figure | None = None) -> None:
+    def publish(self, text: str, figure: Figure | None = None, command: str | None = None) -> None:
         """Writes the figure to ``plots/``, and its section of README.md: origin of the rows, text with tables, figure.
 
         Args:
             text: Markdown.
             figure: A new figure; None leaves the one in ``plots/``, if any, as it is.
+            command: What made the rows, after ``python -m benchmarks.``; None is the name.
         """
         picture = Path("plots") / f"{self.name}.png"
         if figure is not None:
@@ -118,7 +119,7 @@ class ResultsFile:
         rows = self.rows()
         commits = " to ".join(f"`{commit}`" for commit in dict.fromkeys(rows["commit"].iloc[[0, -1]]))
         machines = "; ".join(rows["machine"].unique())
-        origin = f"Written by `python -m benchmarks.{self.name}`; measured at {commits} on {machines}."
+        origin = f"Written by `python -m benchmarks.{command or self.name}`; measured at {commits} on {machines}."
         shown = f"![{self.name}]({picture.as_posix()})" if (self.folder / picture).exists() else ""
         readme = self.folder / "README.md"
         replace_section(readme, self.name, f"{origin}\n\n{text.strip()}\n\n{shown}")

@@ -32,9 +32,9 @@ from data.sources import load_dataset
 from data.trajectories import Dataset
 from dynamics_model import DynamicsEnsemble
 from reporting.page import markdown_table
-from training.hardware import reduced_epochs
 from training.loop import train_ensemble
 from training.optimisation import build_optimizer
+from training.precision import reduced_epochs
 from training.scores import mean_scores, score_members
 
 

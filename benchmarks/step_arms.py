@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -29,18 +28,13 @@ import torch
 from benchmarks.plain_loop import plain_member, train_steps, training_flops
 from config import LearnConfig
 from data.trajectories import Transitions
-from dynamics_model import DynamicsEnsemble, member_class, stacked_linear
+from dynamics_model import DynamicsEnsemble, member_class
 from training.batches import NormalisedRows, draw_order, normalise_rows
 from training.build import build_ensemble
-from training.hardware import (
-    Multiplication,
-    can_round,
-    choose_multiplication,
-    has_onednn,
-    onednn_linear,
-    product_precision,
-)
+from training.fastest_products import fastest_products
 from training.loop import train_ensemble
+from training.precision import can_round, product_precision
+from training.products import Products, has_onednn
 
 MEMBERS = 7
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # state_dim, action_dim
@@ -123,7 +117,7 @@ class Case:
 # --- The arms ---
 
 
-def ours(case: Case, multiplication: Multiplication | None = None, **settings: Any) -> Iterator[None]:
+def ours(case: Case, way: tuple[str, str] | None = None, **settings: Any) -> Iterator[None]:
     """The product's own training loop; a round is an epoch.
 
     The rows of that epoch are a view with a stride: like the other arms' rows they lie all over the data, rather than
@@ -131,7 +125,7 @@ def ours(case: Case, multiplication: Multiplication | None = None, **settings: A
 
     Args:
         case: What to train.
-        multiplication: How to multiply; None lets the product choose.
+        way: Library of products and grouping of members; None lets the product try them and choose.
         **settings: Of ``LearnConfig``, where they are not the defaults. These epochs are the first of many, whose
             products round their operands where that is faster, unless ``reduced_precision`` says otherwise.
     """
@@ -139,7 +133,8 @@ def ours(case: Case, multiplication: Multiplication | None = None, **settings: A
     stride = case.row_count // count
     rows = NormalisedRows(*(None if part is None else part[: count * stride : stride] for part in case.data))
     config = dataclasses.replace(case.config, fit_epochs=1000, **settings)
-    for _ in train_ensemble(case.ensemble, config, rows, score_every=None, multiplication=multiplication):
+    products = fastest_products(case.ensemble, config, rows) if way is None else Products(*way, case.threads)
+    for _ in train_ensemble(case.ensemble, config, rows, score_every=None, products=products):
         yield
 
 
@@ -239,11 +234,11 @@ def rounded(arm: Callable[[Case], Iterator[None]], case: Case) -> Iterator[None]
 def products(case: Case) -> Iterator[None]:
     """The matrix products of a step and nothing else, multiplied and rounded as ours are.
 
-    Batched products take all members at once and share each product among cores; oneDNN's take one member at a time,
-    and each core takes members of its own.
+    All members together share each product among cores; apart, each core takes one member at a time.
     """
-    linear = choose_multiplication().linear
-    threads, share = (1, case.members) if linear is stacked_linear else (case.threads, 1)
+    way = fastest_products(case.ensemble, dataclasses.replace(case.config, fit_epochs=1000), case.data)
+    linear, is_together = way.linear, way.grouping == "together"
+    threads, share = (1, case.members) if is_together else (case.threads, 1)
     layers = []
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(case.sizes)):
         hidden, weight, gradient = (
@@ -311,12 +306,11 @@ def floor(case: Case, is_rounded: bool = False) -> Iterator[dict[str, float]]:
         yield {"ms": ms, "gflops_per_s": flops_per_s / 1e9, "gbytes_per_s": bytes_per_s / 1e9}
 
 
-# Each library of products that training chooses between, with cores that share every product or have their own members.
+# The ways that training chooses between, but for those with fewer threads.
 OWN = {
-    "MKL, products shared": partial(ours, multiplication=Multiplication(stacked_linear, math.inf)),
-    "MKL, members shared": partial(ours, multiplication=Multiplication(stacked_linear, 0)),
-    "oneDNN, products shared": partial(ours, multiplication=Multiplication(onednn_linear, math.inf)),
-    "oneDNN, members shared": partial(ours, multiplication=Multiplication(onednn_linear, 0)),
+    f"{library}, {grouping}": partial(ours, way=(library, grouping))
+    for library, grouping in itertools.product(("torch", "onednn", "openblas"), ("together", "apart"))
+    if (library, grouping) != ("openblas", "together")  # its own threads get in the way of PyTorch's
 }
 FLOORS: dict[str, Callable[[Case], Iterator[dict[str, float]]]] = {
     "floor": floor,

@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -46,23 +47,26 @@ over rounds.
 - `products`: the matrix products of our step alone.
 - floor: the step's FLOPs at the speed of a large float32 product, and the optimiser's memory traffic at the speed of
   copies, both measured in the same rounds; rounded floor: with a large product that rounds as ours do.
-- ours, otherwise: our loop with each of PyTorch's two libraries of products, and with cores that share every product
-  or that take members of their own."""
+- ours, otherwise: our loop with each library of products, and with cores that share every product (together) or that
+  take members of their own (apart); ours has tried them and taken one."""
+BUSY = """\
+As above, while another process keeps one of the cores busy all the time."""
 OTHERS = [arm for arm in ARMS if arm not in ("ours", *FLOORS, *OWN)]
 # Of arms that differ by a setting only, one.
-QUICK_ARMS = ["ours", "plain, rounded", "mbrl", "jax", "products", "floor", "oneDNN, members shared"]
+QUICK_ARMS = ["ours", "plain, rounded", "mbrl", "jax", "products", "floor", "onednn, together"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures what is missing of the cases asked for, then makes the tables and the figure."""
     args = parse_arguments(argv)
-    results = harness.open_results("step_throughput", args.quick)
+    results = harness.open_results("step_throughput_busy" if args.busy else "step_throughput", args.quick)
     if not args.tables:
         arms = [arm for arm in args.arms if is_available(arm)]
         grid = itertools.product(args.kind, args.hidden, args.batch, args.size, args.threads)
-        for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
-            measure(results, case, arms)
-    publish(results)
+        with busy_core() if args.busy else contextlib.nullcontext():
+            for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
+                measure(results, case, arms)
+    publish(results, BUSY if args.busy else INTRODUCTION)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -79,6 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--{flag}", nargs="+", type=type(choices[0]), choices=choices, default=choices, help=f"{meaning} (all)"
         )
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="ways to take a step (all)")
+    parser.add_argument("--busy", action="store_true", help="keep one core busy with another process meanwhile")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds of each arm (5)")
     args = parser.parse_args(argv)
     if args.quick:  # layers just wide enough for oneDNN
@@ -86,6 +91,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.rounds = 2
     args.arms = args.arms or (QUICK_ARMS if args.quick else list(ARMS))
     return args
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keeps one core busy, the first that this process may use."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def is_available(arm: str) -> bool:
@@ -146,13 +164,14 @@ def read_answer(process: subprocess.Popen[str]) -> dict[str, float]:
 # --- Tables and the figure ---
 
 
-def publish(results: harness.ResultsFile) -> None:
+def publish(results: harness.ResultsFile, introduction: str) -> None:
     """Makes tables and figure of the machine that measured last, and tables of the other machines, folded away."""
     latest = results.rows_to_show()
     others = results.machines()[1:]
     folded = [markdown_details(f"On {machine}", tables(results.rows(machine))) for machine in others]
-    text = "\n\n".join([INTRODUCTION, tables(latest), *folded])
-    results.publish(text, draw(harness.compare(latest, CASE, base="ours")))
+    text = "\n\n".join([introduction, tables(latest), *folded])
+    command = results.name.replace("_busy", " --busy")
+    results.publish(text, draw(harness.compare(latest, CASE, base="ours")), command)
 
 
 def tables(rows: pd.DataFrame) -> str:

@@ -47,9 +47,9 @@ from data.sources import load_dataset
 from data.trajectories import Dataset
 from reporting.page import markdown_table
 from training.batches import NormalisedRows, draw_order
-from training.hardware import reduced_epochs
 from training.loop import train_ensemble
 from training.optimisation import learning_rate
+from training.precision import reduced_epochs
 from utils import atomic_write
 
 SOURCES = {"ours": "configs", "published": "configs/published"}

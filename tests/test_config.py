@@ -280,6 +280,7 @@ def changed_everywhere():
         beta_nll=0.5,
         beta_nll_decay=0.75,
         reduced_precision=0.25,
+        products="torch/apart/2",
         grad_clip=1.5,
         bootstrap=True,
         split_seed=7,

@@ -105,6 +105,7 @@ class RunRecord:
         csv: Path of its metrics; None for ``metrics.csv`` in its folder.
         findings: What was found about the dataset, each as a dictionary of plain values.
         mlflow_run_id: Id of the ensemble's MLflow run; None where no store has answered yet.
+        products: How training multiplies, as in the configuration; None before that was chosen.
         finished: Its results; None until it has succeeded.
     """
 
@@ -113,6 +114,7 @@ class RunRecord:
     csv: str | None = None
     findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     mlflow_run_id: str | None = None
+    products: str | None = None
     finished: RunOutcome | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,6 +256,17 @@ class RunFolder:
             if not (self.path / "run.json").exists():
                 self.discard()
             raise InputError(f"the run folder {self.path} cannot be written ({error.strerror}); free space") from None
+
+    def settle(self, products: str, config_yaml: str) -> None:
+        """Records how training multiplies: in the configuration, so that it trains the same again, and in the record.
+
+        Args:
+            products: As in the configuration.
+            config_yaml: The configuration with it.
+        """
+        with atomic_write(self.config_yaml, "w") as file:
+            file.write(config_yaml)
+        self.update(products=products)
 
     def update(self, **changes: Any) -> None:
         """Changes fields of the record and writes it to ``run.json``."""

@@ -21,9 +21,10 @@ from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows, draw_bootstrap, draw_order
 from training.best_weights import BestWeights
 from training.build import loss_settings
-from training.hardware import Multiplication, choose_multiplication, product_precision, reduced_epochs
 from training.member_threads import MemberGroup, MemberThreads
 from training.optimisation import build_optimizer, clip_gradients, learning_rate
+from training.precision import product_precision, reduced_epochs
+from training.products import Products, default_products
 from training.scores import Epoch
 
 
@@ -36,7 +37,7 @@ def train_ensemble(
     score_every: int | None = 50,
     checkpoint: dict[str, Any] | None = None,
     optimizer: Callable[[DynamicsEnsemble, LearnConfig], torch.optim.Optimizer] = build_optimizer,
-    multiplication: Multiplication | None = None,
+    products: Products | None = None,
 ) -> Iterator[Epoch]:
     """Trains all members at once, in place, epoch by epoch; with a holdout, each ends with its best weights.
 
@@ -49,7 +50,7 @@ def train_ensemble(
         checkpoint: State of an interrupted training, which then ends in the same bits as if it had never stopped; None
             starts anew.
         optimizer: Builds the optimiser of a group of members.
-        multiplication: How to multiply; None chooses for this machine.
+        products: How to multiply; None takes what the configuration says, or else the default.
 
     Yields:
         The results of each epoch.
@@ -63,7 +64,10 @@ def train_ensemble(
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
     step = partial(take_step, config, loss_settings(type(ensemble), config), train)
 
-    with MemberThreads(ensemble, config, step, optimizer, multiplication or choose_multiplication()) as threads:
+    if products is None:
+        products = default_products() if config.products is None else Products.parse(config.products)
+
+    with MemberThreads(ensemble, config, step, optimizer, products) as threads:
         if checkpoint is not None:
             ensemble.load_state_dict(checkpoint["network"])
             threads.load_optimizer_state(checkpoint["optimizer"])

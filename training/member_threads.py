@@ -1,8 +1,8 @@
-"""Trains members side by side: on CPUs, each core trains some of the members instead of sharing every matrix product.
+"""Trains members side by side: each core trains some of the members instead of sharing every matrix product.
 
 Members do not depend on each other, so their threads wait for one another only at the end of an epoch; cores that share
 a product wait after each one. How members are grouped changes what they learn by rounding errors only, and the same
-number of threads gives the same bits.
+``Products`` give the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from config import LearnConfig
 from dynamics_model import DynamicsEnsemble, Linear
 from training.batches import NormalisedRows
-from training.hardware import Multiplication
+from training.products import Products
 from training.scores import Scores, score_rows
 
 Result = TypeVar("Result")
@@ -52,7 +52,7 @@ class MemberThreads:
         take_step: Takes a gradient step: gets a group, the minibatch of each of its members ``(ensemble, batch)`` and
             the time in epochs; returns the reported loss of each, ``(ensemble,)``.
         build_optimizer: Builds the optimiser of a group.
-        multiplication: How to multiply, and from which size on threads take members of their own.
+        products: How to multiply, and which members take steps together.
     """
 
     def __init__(
@@ -61,33 +61,31 @@ class MemberThreads:
         config: LearnConfig,
         take_step: Callable[[MemberGroup, Tensor, float], Tensor],
         build_optimizer: Callable[[DynamicsEnsemble, LearnConfig], torch.optim.Optimizer],
-        multiplication: Multiplication,
+        products: Products,
     ) -> None:
-        self._batch_size, self._take_step = config.batch_size, take_step
-        self._threads = torch.get_num_threads()
+        self._batch_size, self._take_step, self._products = config.batch_size, take_step, products
         size = len(ensemble)
-        share = size  # members per group; where there are more groups than threads, threads take them in turn
-        multiply_adds = config.batch_size * sum(weight[0].numel() for weight in ensemble.dynamics.weights)
-        if not ensemble.input_shift.is_cuda and multiply_adds >= multiplication.members_apart_from:
-            share = max(1, size // self._threads)
+        share = products.members_per_group(size)
         self.groups = []
         for start in range(0, size, share):
             members = slice(start, min(start + share, size))
-            view = view_members(ensemble, members, multiplication.linear)
+            view = view_members(ensemble, members, products.linear)
             self.groups.append(MemberGroup(members, view, build_optimizer(view, config)))
-        workers = min(self._threads, len(self.groups))
+        workers = min(products.threads, len(self.groups))
         self._pool = None
         if workers > 1:
-            threads_each = (max(1, self._threads // workers),)
+            threads_each = (max(1, products.threads // workers),)
             self._pool = ThreadPoolExecutor(workers, "members", torch.set_num_threads, threads_each)
 
     def __enter__(self) -> MemberThreads:
+        self._in_effect = self._products.in_effect()
+        self._in_effect.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # threads that start later would inherit that of the workers
+        self._in_effect.__exit__(*exception)  # threads that start later would inherit the number of the workers
 
     def take_epoch(self, order: Tensor, epoch: int) -> list[float]:
         """Takes the gradient steps of an epoch with every member.

@@ -8,11 +8,10 @@ import torch
 
 from config import LearnConfig
 from deterministic_model import DeterministicModel
-from dynamics_model import random_stream, stacked_linear
+from dynamics_model import random_stream
 from probabilistic_model import ProbabilisticModel
 from training.batches import normalise_rows
 from training.build import build_ensemble
-from training.hardware import Multiplication
 from training.loop import train_ensemble
 from training.scores import score_rows
 
@@ -248,14 +247,13 @@ def start_training(linear_system):
     """
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    config = small_config(DeterministicModel, fit_epochs=100)
-    apart = Multiplication(stacked_linear, members_apart_from=0)
+    config = small_config(DeterministicModel, fit_epochs=100, products="torch/apart/2")
 
     def start():
         transitions = linear_system(100)
         ensemble = build_ensemble(config, transitions)
         rows = normalise_rows(ensemble, transitions)
-        return ensemble, rows, train_ensemble(ensemble, config, rows, rows, multiplication=apart)
+        return ensemble, rows, train_ensemble(ensemble, config, rows, rows)
 
     yield start
     torch.set_num_threads(before)

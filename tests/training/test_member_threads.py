@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 import os
 import signal
 import threading
@@ -16,19 +15,18 @@ from config import LearnConfig
 from data.trajectories import Transitions
 from deterministic_model import DeterministicEnsemble
 from dynamics_model import stacked_linear
-from training import hardware, member_threads
+from training import member_threads, precision
 from training.batches import normalise_rows
 from training.build import build_ensemble
-from training.hardware import Multiplication, has_onednn, onednn_linear
 from training.loop import train_ensemble
 from training.member_threads import MemberThreads, view_members
 from training.optimisation import build_optimizer
+from training.products import Products, has_onednn, onednn_linear
 from training.scores import score_rows
 
 # In full precision: two products that differ in a last bit may round to neighbouring numbers of bfloat16.
 CONFIG = LearnConfig(ensemble_size=5, hidden_size=(16, 16), batch_size=32, fit_epochs=2, reduced_precision=0.0)
-APART = Multiplication(stacked_linear, members_apart_from=0)
-TOGETHER = Multiplication(stacked_linear, members_apart_from=math.inf)
+APART, TOGETHER = ("torch", "apart"), ("torch", "together")  # ways to multiply, but for the number of threads
 KINDS = pytest.mark.parametrize("kind", ["deterministic", "probabilistic"])
 
 
@@ -47,13 +45,13 @@ def transitions(rows=200):
     return Transitions(states, actions, 0.9 * states + 0.1 * noise, states.sum(axis=1))
 
 
-def trained(config, threads, multiplication=APART, checkpoint=None):
+def trained(config, threads, way=APART, checkpoint=None):
     """Trains with so many threads, with a holdout; gives the ensemble and the checkpoints."""
-    torch.set_num_threads(threads)
     ensemble = build_ensemble(config, transitions())
     rows = normalise_rows(ensemble, transitions())
     holdout = type(rows)(*(part if part is None else part[:60] for part in rows))
-    epochs = train_ensemble(ensemble, config, rows, holdout, checkpoint=checkpoint, multiplication=multiplication)
+    products = Products(*way, threads)
+    epochs = train_ensemble(ensemble, config, rows, holdout, checkpoint=checkpoint, products=products)
     return ensemble, [copy.deepcopy(epoch.checkpoint()) for epoch in epochs]
 
 
@@ -61,10 +59,10 @@ def untrained(config=CONFIG):
     return build_ensemble(config, transitions())
 
 
-def groups_of(take_step, threads, config=CONFIG, ensemble=None, multiplication=APART):
+def groups_of(take_step, threads, config=CONFIG, ensemble=None, way=APART):
     """Groups of an ensemble's members, for so many threads."""
     torch.set_num_threads(threads)
-    return MemberThreads(ensemble or untrained(config), config, take_step, build_optimizer, multiplication)
+    return MemberThreads(ensemble or untrained(config), config, take_step, build_optimizer, Products(*way, threads))
 
 
 def no_step(group, rows, time):
@@ -112,9 +110,8 @@ def test_a_member_learns_the_same_in_a_small_and_in_a_large_ensemble(kind):
 @pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN linear layer")
 def test_products_of_onednn_do_not_depend_on_the_number_of_threads():
     config = dataclasses.replace(CONFIG, hidden_size=(160, 160), batch_size=160, ensemble_size=3, fit_epochs=1)
-    with_onednn = Multiplication(onednn_linear, members_apart_from=0)
 
-    one, two = (trained(config, threads, with_onednn)[0] for threads in (1, 2))
+    one, two = (trained(config, threads, ("onednn", "apart"))[0] for threads in (1, 2))
 
     assert_close(one, two, members=3)
     assert_close(one, trained(config, 1)[0], members=3)
@@ -191,22 +188,18 @@ def test_every_thread_has_members_of_its_own_and_those_left_over_are_groups_too(
         assert [member for group in made.groups for member in range(5)[group.members]] == [0, 1, 2, 3, 4]
 
 
-def test_members_step_apart_from_a_number_of_multiply_adds_on():
-    """A member multiplies 32 rows by 5 * 16 + 16 * 16 + 16 * 3 weights."""
-    products = 32 * (5 * 16 + 16 * 16 + 16 * 3)
-    for least, groups in ((products, 3), (products + 1, 1)):
-        with groups_of(no_step, 2, multiplication=Multiplication(stacked_linear, least)) as threads:
-            assert len(threads.groups) == groups
-            assert (threads._pool is None) == (groups == 1)
-    assert alive() == []
+def test_members_that_step_together_need_no_threads_of_their_own():
+    with groups_of(no_step, 2, way=TOGETHER) as threads:
+        assert [len(group.ensemble) for group in threads.groups] == [5]
+        assert alive() == []
 
 
 # --- The steps of an epoch ---
 
 
-@pytest.mark.parametrize("multiplication", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("way", [APART, TOGETHER], ids=["apart", "together"])
 @pytest.mark.parametrize(("rows", "batch_size"), [(1, 32), (32, 32), (33, 32), (250, 32), (300, 7)])
-def test_every_group_takes_every_minibatch_once_and_in_order(rows, batch_size, multiplication):
+def test_every_group_takes_every_minibatch_once_and_in_order(rows, batch_size, way):
     running, taken, lock = set(), {}, threading.Lock()
 
     def take(group, batch, time_in_epochs):
@@ -222,7 +215,7 @@ def test_every_group_takes_every_minibatch_once_and_in_order(rows, batch_size, m
         return batch.double().mean(dim=1) + torch.arange(5)[group.members]
 
     config = dataclasses.replace(CONFIG, batch_size=batch_size)
-    with groups_of(take, 3, config, multiplication=multiplication) as threads:
+    with groups_of(take, 3, config, way=way) as threads:
         losses = threads.take_epoch(in_order(rows), epoch=4)
         firsts = [group.members.start for group in threads.groups]
 
@@ -260,7 +253,7 @@ def test_scores_are_those_of_the_whole_ensemble():
 
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this PyTorch rounds no products on CPUs")
 def test_steps_round_as_the_epoch_says_in_every_thread_and_scores_never(monkeypatch):
-    monkeypatch.setattr(hardware, "can_round", lambda is_cuda: True)
+    monkeypatch.setattr(precision, "can_round", lambda is_cuda: True)
     seen = {"losses": [], "score_rows": []}
 
     def watch(owner, name):
@@ -335,7 +328,8 @@ def test_ctrl_c_ends_training_between_two_pieces():
 
 
 def test_threads_that_come_later_have_as_many_threads_as_before():
-    trained(CONFIG, threads=2)
+    torch.set_num_threads(2)
+    trained(CONFIG, threads=3)
     seen = []
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     later.start()
