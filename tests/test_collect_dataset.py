@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pickle
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,11 +25,13 @@ h5py = pytest.importorskip("h5py")
 KEYS = {"observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "infos/qpos", "infos/qvel"}
 DATA = Path(__file__).parent.parent / "data"
 BUNDLED = {
+    "hopper-hidden-demo": ("Hopper-v5", KEYS),
     "hopper-medium-demo": ("Hopper-v5", KEYS),
     "hopper-random-demo": ("Hopper-v5", KEYS),
     "hopper-medium-noisy-demo": ("Hopper-v5", KEYS),
     "halfcheetah-medium-demo": ("HalfCheetah-v5", KEYS - {"next_observations"}),
 }
+OLDER = {"hopper-medium-demo", "hopper-medium-noisy-demo", "halfcheetah-medium-demo"}  # policies acted in float32
 
 
 def read(path):
@@ -644,6 +647,20 @@ def test_bundled_dataset_is_whole(name):
         follows = (columns["next_observations"][:-1] == columns["observations"][1:]).all(axis=1)
         np.testing.assert_array_equal(follows, ~ends[:-1])
     assert abs(int(ends.sum()) - attributes["episodes"]) <= 1
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED.keys() - OLDER))
+def test_the_command_of_a_bundled_dataset_makes_its_rows_again(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(DATA.parent)
+    columns, attributes = read(DATA / "bundled" / f"{name}.hdf5")
+    if different := {key: found for key, found in collect_dataset.versions().items() if attributes[key] != found}:
+        pytest.skip(f"it was made with other versions than {different}")
+    _, _, *flags = shlex.split(attributes["command"])
+
+    main([*flags, "--steps", "300", "--output", str(tmp_path / "again.hdf5")])
+    again, _ = read(tmp_path / "again.hdf5")
+    for key, column in again.items():
+        np.testing.assert_array_equal(column[:40], columns[key][:40])  # a share of 300 rows for each of the policies
 
 
 def test_bundled_policies_fit_and_everything_is_small():
