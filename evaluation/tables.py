@@ -352,13 +352,15 @@ def trajectory_table(rows: Rows, one_step: OneStep, scores: Mapping[str, Scores]
         - trajectory: its index in the dataset;
         - rows: its number of transitions;
         - mse: squared error of the ensemble's mean, mean over rows and dimensions;
-        - crps: of the mixture, the same mean;
+        - nll, crps, sharpness: of the mixture, the same means;
         - crps_recalibrated: of the recalibrated Gaussian, the same mean; nan where there is none.
     """
     nothing = np.full_like(one_step.change, np.nan)
     by_value = {
         "mse": np.square(one_step.errors.mean(axis=0)),
+        "nll": scores["mixture"].nll,
         "crps": scores["mixture"].crps,
+        "sharpness": scores["mixture"].std,
         "crps_recalibrated": scores["recalibrated"].crps if "recalibrated" in scores else nothing,
     }
     by_row = pd.DataFrame({name: values.mean(axis=1) for name, values in by_value.items()})
