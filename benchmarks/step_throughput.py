@@ -176,7 +176,8 @@ def publish(results: harness.ResultsFile, introduction: str) -> None:
 
 def tables(rows: pd.DataFrame) -> str:
     """Returns a machine's speeds, and a table for each environment's sizes and number of threads."""
-    median = rows[rows["arm"].isin(FLOORS)].groupby(["threads", "arm"])[["gflops_per_s", "gbytes_per_s"]].median()
+    floors = rows[rows["arm"].isin(FLOORS)].reindex(columns=[*CASE, "arm", "gflops_per_s", "gbytes_per_s"])
+    median = floors.groupby(["threads", "arm"])[["gflops_per_s", "gbytes_per_s"]].median()
     speeds = "; ".join(
         f"{harness.count(threads, 'thread')}, {arm}: {row.gflops_per_s:.0f} GFLOP/s in a 2048 x 2048 product and "
         f"{row.gbytes_per_s:.0f} GB/s in copies"
@@ -188,7 +189,7 @@ def tables(rows: pd.DataFrame) -> str:
     for (size, threads), group in groups:
         if set(group["arm"]) & set(OWN):
             titled[f"Ours, otherwise: {size}, {harness.count(threads, 'thread')}"] = own_table(group)
-    return f"Speeds. {speeds}.\n\n{harness.sections(titled)}"
+    return (f"Speeds. {speeds}.\n\n" if speeds else "") + harness.sections(titled)
 
 
 def case_table(group: pd.DataFrame) -> str:
