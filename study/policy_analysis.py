@@ -1,0 +1,282 @@
+"""Analysis of what models say that policies are worth: errors of arms compared, and which metric foresees them.
+
+All functions take the tables that ``policies.policy_table`` returned, by the place of their cell. Intervals are 95 %
+intervals; ratios are of paired errors, below 1 where the arm is better.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from evaluation.policy_values import SIMULATOR, score_values
+from study.cells import CellKey
+from study.paired_statistics import (
+    REPLICATES,
+    Estimate,
+    crossed_interval,
+    holm,
+    pool,
+    resample_counts,
+    weighted_mean,
+)
+
+PRIMARY = {"propagation": "tsinf", "horizon": "truncated"}  # of the values that are compared first
+POOLED = "all datasets"
+DEGREES = 1e9  # of freedom, where a standard error is taken as known
+
+PolicyTables = Mapping[CellKey, pd.DataFrame]
+"""Tables that ``policy_table`` returned, by the place of their cell; cells without one are left out."""
+
+
+def values_of_models(tables: PolicyTables) -> pd.DataFrame:
+    """Scores each model.
+
+    Returns:
+        arm, dataset, seed, split, propagation, horizon, error (mean absolute error of values, over the range of true
+        ones), spearman, regret (over the same range), escaped (share of paths). The propagation ``simulator`` shows
+        what the reward model alone is to blame for.
+    """
+    records = []
+    for key, table in tables.items():
+        for (propagation, horizon), rows in table.groupby(["propagation", "horizon"], sort=False):
+            scores = score_values(rows["true"].to_numpy(), rows["predicted"].to_numpy())
+            place = key._asdict() | {"propagation": propagation, "horizon": horizon}
+            records.append(place | scores._asdict() | {"escaped": rows["escaped"].mean()})
+    return pd.DataFrame(records)
+
+
+def values_of_arms(tables: PolicyTables) -> pd.DataFrame:
+    """Summarises the models of each arm on each dataset.
+
+    Returns:
+        arm, dataset, propagation, horizon, runs, policies, error (geometric mean over runs) with low and high (runs
+        crossed with policies), and the means over runs of spearman, regret and escaped.
+    """
+    models, records = values_of_models(tables), []
+    for place, errors in _log_errors(tables).items():
+        rows = _rows(models, place)
+        estimate = errors.estimate()
+        records.append(
+            {
+                **place._asdict(),
+                "runs": len(errors.by_run),
+                "policies": errors.policies,
+                "error": math.exp(estimate.mean),
+                "low": math.exp(estimate.low),
+                "high": math.exp(estimate.high),
+                **rows[["spearman", "regret", "escaped"]].mean().to_dict(),
+            }
+        )
+    return pd.DataFrame(records)
+
+
+def paired_values(tables: PolicyTables) -> pd.DataFrame:
+    """Compares the errors of values of every two arms: models of the same seed and split, on the same policies.
+
+    Returns:
+        metric (``value_error``), arm, reference, dataset (or ``all datasets``), propagation, horizon, pairs (of
+        models), policies, ratio, low, high (runs crossed with policies), p_value, p_holm (adjusted over
+        all datasets and pairs of arms of one propagation and horizon).
+    """
+    errors, rows = _log_errors(tables), []
+    arms = dict.fromkeys(place.arm for place in errors)
+    kinds = dict.fromkeys((place.propagation, place.horizon) for place in errors if place.propagation != SIMULATOR)
+    for reference, arm in itertools.combinations(arms, 2):
+        for propagation, horizon in kinds:
+            pairs = {
+                place.dataset: (own, errors[place._replace(arm=reference)])
+                for place, own in errors.items()
+                if (place.arm, place.propagation, place.horizon) == (arm, propagation, horizon)
+                and place._replace(arm=reference) in errors
+            }
+            named = {"metric": "value_error", "arm": arm, "reference": reference}
+            named |= {"propagation": propagation, "horizon": horizon}
+            rows += [named | record for record in _compare(pairs)]
+    return _adjusted(pd.DataFrame(rows))
+
+
+def paired_propagations(tables: PolicyTables) -> pd.DataFrame:
+    """Compares TS1 with TSinf, of the same models.
+
+    Returns:
+        As ``paired_values``; arm and reference are the same, and propagation is ``ts1``: its error over that of tsinf.
+    """
+    errors, rows = _log_errors(tables), []
+    kinds = dict.fromkeys((place.arm, place.horizon) for place in errors)
+    for arm, horizon in kinds:
+        pairs = {
+            place.dataset: (own, errors[place._replace(propagation="tsinf")])
+            for place, own in errors.items()
+            if (place.arm, place.horizon, place.propagation) == (arm, horizon, "ts1")
+        }
+        named = {"metric": "value_error", "arm": arm, "reference": arm, "propagation": "ts1", "horizon": horizon}
+        rows += [named | record for record in _compare(pairs)]
+    return _adjusted(pd.DataFrame(rows))
+
+
+def predictors_of_values(
+    tables: PolicyTables,
+    metrics: pd.DataFrame,
+    *,
+    propagation: str = PRIMARY["propagation"],
+    horizon: str = PRIMARY["horizon"],
+) -> pd.DataFrame:
+    """Asks which metric of a model foresees its error of values: rank correlation over the models of a dataset.
+
+    Intervals hold models to be independent given their dataset (Bonett and Wright 2000 for the standard error).
+
+    Args:
+        tables: Tables of the cells.
+        metrics: arm, dataset, seed, split, and a column of numbers per metric; a metric without variation is left out.
+        propagation: Of the values.
+        horizon: Of the values.
+
+    Returns:
+        metric, dataset (or ``all datasets``: the mean of Fisher's z), models, rho, low, high, p_value, p_holm (over the
+        metrics, for all datasets together), within_arms: the same correlation of ranks from which the mean of the arm
+        was subtracted, so that it says whether the metric tells models of one recipe apart. For all datasets together,
+        the strongest metric comes first.
+    """
+    models = values_of_models(tables).query("propagation == @propagation and horizon == @horizon")
+    place = list(CellKey._fields)
+    joined = models[[*place, "error"]].merge(metrics.rename(columns={"error": "error_of_cell"}), on=place)
+    names = [name for name in joined.select_dtypes("number") if name not in (*place, "error")]
+    records = []
+    for name in names:
+        parts, estimates = [], []
+        for dataset, rows in joined.groupby("dataset", sort=False):
+            rows = rows[np.isfinite(rows[name]) & np.isfinite(rows["error"])]
+            if len(rows) < 4 or rows[name].nunique() < 2:
+                continue
+            estimates.append(rank_correlation(rows[name].to_numpy(), rows["error"].to_numpy()))
+            own = {"dataset": dataset, "models": len(rows), "within_arms": _within_arms(rows, name)}
+            parts.append({"metric": name, **own, **_as_correlation(estimates[-1])})
+        if parts:
+            whole = {
+                "dataset": POOLED,
+                "models": sum(part["models"] for part in parts),
+                "within_arms": float(np.mean([part["within_arms"] for part in parts])),
+            }
+            records += [*parts, {"metric": name, **whole, **_as_correlation(pool(estimates))}]
+    if not records:
+        return pd.DataFrame(columns=["metric", "dataset", "models", "rho", "low", "high", "p_value", "p_holm"])
+    table = pd.DataFrame(records)
+    pooled = table["dataset"] == POOLED
+    table.loc[pooled, "p_holm"] = holm(table.loc[pooled, "p_value"])
+    strength = table[pooled].set_index("metric")["rho"].abs()
+    return table.sort_values("metric", key=lambda metric: -metric.map(strength), kind="stable", ignore_index=True)
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Estimates Fisher's z of Spearman's rank correlation; its error is that of Bonett and Wright (2000)."""
+    rho = float(np.clip(stats.spearmanr(first, second).statistic, -0.999999, 0.999999))
+    return Estimate(math.atanh(rho), math.sqrt((1 + rho**2 / 2) / (len(first) - 3)), DEGREES)
+
+
+def _as_correlation(estimate: Estimate) -> dict[str, float]:
+    limits = {"rho": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return {name: math.tanh(value) for name, value in limits.items()} | {"p_value": estimate.p_value}
+
+
+def _within_arms(rows: pd.DataFrame, name: str) -> float:
+    """Correlates ranks after subtracting the mean of each arm; nan where nothing is left."""
+    ranks = rows[[name, "error"]].rank()
+    left = ranks - ranks.groupby(rows["arm"]).transform("mean")
+    if not left.std().gt(1e-9).all():
+        return math.nan
+    return float(left[name].corr(left["error"]))
+
+
+# --- Errors, and their resampling over policies ---
+
+
+Run = tuple[int, int]
+"""Seeds of the training and of the split: what two paired models share."""
+
+
+class _Place(NamedTuple):
+    """Which error of values of which arm on which dataset."""
+
+    arm: str
+    dataset: str
+    propagation: str
+    horizon: str
+
+
+@dataclass(frozen=True)
+class _LogErrors:
+    """Logarithms of the error of values, by run: over all policies, and over resampled ones, ``(B,)``."""
+
+    by_run: dict[Run, float]
+    replicates: dict[Run, np.ndarray]
+    policies: int
+
+    def minus(self, other: _LogErrors) -> _LogErrors:
+        """Returns the paired log ratios, for the runs that both have."""
+        runs = [run for run in self.by_run if run in other.by_run]
+        return _LogErrors(
+            {run: self.by_run[run] - other.by_run[run] for run in runs},
+            {run: self.replicates[run] - other.replicates[run] for run in runs},
+            self.policies,
+        )
+
+    def estimate(self) -> Estimate:
+        """Returns the mean over runs, with these and policies as crossed random factors."""
+        values = np.array(list(self.by_run.values()))
+        return crossed_interval(values, np.column_stack(list(self.replicates.values())), self.policies)
+
+
+def _log_errors(tables: PolicyTables) -> dict[_Place, _LogErrors]:
+    """Gathers the errors of all arms; all share the draws of policies, and the range of true values is that of all."""
+    found: dict[_Place, _LogErrors] = {}
+    for key, table in tables.items():
+        for (propagation, horizon), rows in table.groupby(["propagation", "horizon"], sort=False):
+            true, predicted = rows["true"].to_numpy(), rows["predicted"].to_numpy()
+            relative = np.abs(predicted - true) / np.ptp(true)
+            counts = resample_counts(len(rows), REPLICATES, seed=0)
+            place = _Place(key.arm, key.dataset, propagation, horizon)
+            own = found.setdefault(place, _LogErrors({}, {}, len(rows)))
+            own.by_run[key.seed, key.split] = float(np.log(relative.mean()))
+            own.replicates[key.seed, key.split] = np.log(weighted_mean(relative, counts))
+    return found
+
+
+def _rows(models: pd.DataFrame, place: _Place) -> pd.DataFrame:
+    """Returns the models of one place."""
+    return models[np.logical_and.reduce([models[name] == value for name, value in place._asdict().items()])]
+
+
+def _compare(pairs: Mapping[str, tuple[_LogErrors, _LogErrors]]) -> Iterator[dict[str, float | int | str]]:
+    """Yields the ratio of errors on each dataset that has a pair of models, and the mean over datasets."""
+    estimates, count = [], 0
+    for dataset, (arm, reference) in pairs.items():
+        ratio = arm.minus(reference)
+        if ratio.by_run:
+            estimates.append(ratio.estimate())
+            count += len(ratio.by_run)
+            numbers = {"pairs": len(ratio.by_run), "policies": ratio.policies}
+            yield {"dataset": dataset, **numbers, **_as_ratio(estimates[-1]), "p_value": estimates[-1].p_value}
+    if estimates:
+        yield {"dataset": POOLED, "pairs": count, **_as_ratio(pool(estimates))}
+
+
+def _as_ratio(estimate: Estimate) -> dict[str, float]:
+    limits = {"ratio": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return {name: math.exp(value) for name, value in limits.items()}
+
+
+def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
+    """Adds ``p_holm``: p-values adjusted over the rows of a propagation and horizon, but those of all datasets."""
+    if table.empty:
+        return table
+    for _, rows in table[table["dataset"] != POOLED].groupby(["propagation", "horizon"]):
+        table.loc[rows.index, "p_holm"] = holm(rows["p_value"])
+    return table
