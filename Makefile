@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: run test lint check study results clean
-.PHONY: bench bench-steps bench-steps-all bench-prediction bench-env bench-around bench-quality bench-recipes bench-headline
+.PHONY: bench bench-steps bench-steps-all bench-prediction bench-env bench-planning bench-around bench-quality bench-recipes bench-headline
 
 run: $(VENV)/.installed
 	$(BIN)/python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml --holdout_ratio 0.2
@@ -21,10 +21,11 @@ check: lint test
 
 # Benchmarks: finished rows are skipped, so each target can be stopped and run again. On an idle machine, one at a time.
 HOPPER ?= logs/hopper-200k.hdf5
-bench: bench-steps bench-prediction bench-env bench-around bench-quality bench-recipes bench-headline
+bench: bench-steps bench-prediction bench-env bench-planning bench-around bench-quality bench-recipes bench-headline
 
 bench-steps: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.step_throughput --size hopper --threads 2
+	$(BIN)/python -m benchmarks.step_throughput --size hopper --threads 2 --busy --batch 256 --hidden 4x200 4x256
 
 bench-steps-all: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.step_throughput
@@ -34,6 +35,9 @@ bench-prediction: $(VENV)/.installed-bench
 
 bench-env: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.model_env
+
+bench-planning: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.planning
 
 bench-around: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.around_training

@@ -143,6 +143,21 @@ def test_the_downstream_code_runs_as_printed(trained, monkeypatch):
     assert names["imagined"].shape == (5, 5, 11)
 
 
+def test_using_the_model_runs_as_printed(trained, monkeypatch, capsys):
+    """From model.pkl to acting in the real environment, and to learning in the model; both in a few steps."""
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.chdir(trained)
+    section = README.split("### Use the model")[1].split("\n**Evaluate**")[0]
+    acting, learning = re.findall(r"```py\n(.*?)```", section, flags=re.DOTALL)
+
+    names = {}
+    exec(acting.replace("max_episode_steps=250", "max_episode_steps=5"), names)
+    assert re.search(r"^earned \d", capsys.readouterr().out)
+    exec(learning.replace("learn(1000)", "learn(24)"), names)
+    assert names["policy"].num_timesteps == 24
+
+
 def test_make_targets_named_are_there():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     named = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
