@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,10 @@ from torch import Generator, Tensor
 from data.behaviour import LOG_STD_RANGE, SquashedGaussianPolicy
 from dynamics_model import DynamicsEnsemble
 from evaluation import metrics
-from model_env import ModelEnv, ModelState
 from mujoco_tasks import StepFunction, Task
+
+if TYPE_CHECKING:
+    from model_env import ModelEnv
 
 STEPS = 250  # after which episodes are cut
 DISCOUNT = 0.99
@@ -222,6 +224,8 @@ def policy_values(
         - predicted: mean return of those in the model;
         - escaped: share of the latter in which a prediction left the bounds.
     """
+    from model_env import ModelEnv  # needs Gymnasium, which evaluation does not
+
     tables = [_values(truths, SIMULATOR, truths.model_paid, np.zeros(len(truths.names)))]
     for propagation in propagations:
         core = ModelEnv(
@@ -245,6 +249,8 @@ def _values(truths: PolicyTruths, propagation: str, returns: np.ndarray, escaped
 @torch.no_grad()
 def imagine_policies(core: ModelEnv, policies: StackedPolicies, truths: PolicyTruths) -> tuple[np.ndarray, np.ndarray]:
     """Returns what policies are paid in a model, ``(H, P, S)``, 0 after an end, and who left its bounds, ``(P, S)``."""
+    from model_env import ModelState
+
     size = (len(policies), len(truths.starts))
     noise = standard_noise(truths.seed, ACTION_NOISE, (truths.steps, size[1], policies.action_dim))
     generator = Generator().manual_seed(truths.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import pickle
 from dataclasses import dataclass
@@ -33,10 +34,11 @@ from mujoco_tasks import TASKS, StepFunction, Task
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
-from utils import ROOT, atomic_write
+from utils import ROOT, InputError, atomic_write
 
 POLICIES = ROOT / "data" / "policies"  # a folder per environment, with the snapshots of a training
 PERTURBATION = 0.2  # of the copies: relative to each weight
+SIMULATOR_PACKAGES = ("gymnasium", "mujoco")
 STARTS = 32
 SEED = 20_000  # of episodes and of perturbations; the seeds of a study are smaller
 
@@ -90,13 +92,22 @@ def policy_table(
 
 
 def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: Path = POLICIES) -> PolicyBench | None:
-    """Makes what is missing in the folder, and reads what is there; arguments are those of ``policy_table``."""
+    """Makes what is missing in the folder, and reads what is there; arguments are those of ``policy_table``.
+
+    Raises:
+        InputError: If there are policies, but not the packages to simulate them.
+    """
     task = TASKS.get(dataset.env_name)
     files = sorted((policies / snapshot_folder(dataset.env_name)).glob("*.npz")) if task else []
     if not files:
         return None
     if input_dim(files[0]) != dataset.state_dim:
         return None  # the dataset hides a part of the state
+    if missing := [name for name in SIMULATOR_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"dataset {dataset.name!r} has policies to evaluate in {dataset.env_name}, which needs {missing[0]}: pip "
+            "install 'gymnasium[mujoco]'"
+        )
     snapshots = {file.stem: SquashedGaussianPolicy.load(file, dataset.env_name, dataset.state_dim) for file in files}
     random = np.random.default_rng(SEED)
     copies = {f"{name}-perturbed": perturb(each, PERTURBATION, random) for name, each in snapshots.items()}
@@ -109,7 +120,7 @@ def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: P
         "policies": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         "process_noise": noise,
         "settings": [PERTURBATION, STARTS, STEPS, SEED, _REWARD.to_dict()],
-        "versions": [importlib.metadata.version(name) for name in ("gymnasium", "mujoco")],
+        "versions": [importlib.metadata.version(name) for name in SIMULATOR_PACKAGES],
     }
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     place = folder / f"{Path(dataset.name).stem}-{digest}"

@@ -1,6 +1,5 @@
 """Values of policies in models whose paths can be worked out, and in the real simulator."""
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from evaluation.policy_values import (
 )
 from mujoco_tasks import Task, task
 
+gymnasium = pytest.importorskip("gymnasium")
 UNBOUNDED = (np.full(2, -100.0), np.full(2, 100.0))
 
 

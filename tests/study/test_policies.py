@@ -15,7 +15,9 @@ from mujoco_tasks import task
 from study import policies
 from study.policies import policy_table, shared_reward, widened_range
 from training.batches import measure_normalisation
-from utils import ROOT
+from utils import ROOT, InputError
+
+pytest.importorskip("gymnasium")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,12 @@ def test_there_is_no_table_where_there_are_no_policies_or_the_state_is_hidden(
     ]
     half = Dataset("half", "Hopper-v5", "d1ge57", hidden)
     assert policy_table(ensemble, half, rows, tmp_path, policies=snapshots) is None
+
+
+def test_missing_simulator_is_said(ensemble, hopper, rows, snapshots, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "SIMULATOR_PACKAGES", ("gymnasium", "muhoho"))
+    with pytest.raises(InputError, match="needs muhoho: pip install"):
+        policy_table(ensemble, hopper, rows, tmp_path, policies=snapshots)
 
 
 def test_bounds_are_the_range_of_the_data_widened_by_half_its_width(linear_system):
