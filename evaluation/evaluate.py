@@ -15,11 +15,18 @@ from data.trajectories import Dataset, Transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation.calibration import Calibrated, assign_folds, completion
 from evaluation.predictions import Rows, Scale, gather_rows, measure_uncertainty, predict_linearly, predict_one_step
+from evaluation.rollout_tables import (
+    calibrated_horizon_table,
+    half_skill_horizon,
+    rollout_coverage_table,
+    rollout_dimensions_table,
+    rollout_table,
+    start_table,
+)
 from evaluation.rollouts import StateRange, choose_starts, forecast_all
 from evaluation.tables import (
     Tables,
     bounds_table,
-    calibrated_horizon_table,
     calibration_table,
     ensemble_size_table,
     likelihood_table,
@@ -29,15 +36,13 @@ from evaluation.tables import (
     pit_table,
     reliability_table,
     risk_coverage_table,
-    rollout_coverage_table,
-    rollout_dimensions_table,
-    rollout_table,
     score_distributions,
-    start_table,
     trajectory_table,
     uncertainty_table,
 )
 
+PROPAGATIONS = ("mean", "mean_clamped", "ts1", "tsinf", "tsinf_clamped")
+SAMPLED = ("ts1", "tsinf", "tsinf_clamped")
 _FOLDS = 5  # of whole trajectories, for what is fitted on the evaluated rows
 
 
@@ -68,7 +73,7 @@ def evaluate(
         seed: Seed of folds, start points and sampling.
 
     Returns:
-        Tables by name; each is described by the function of ``tables.py`` that makes it.
+        Tables by name; each is described by the function of ``tables.py`` or ``rollout_tables.py`` that makes it.
 
     Raises:
         ValueError: If members need residuals, and there are neither training rows nor a second trajectory.
@@ -101,8 +106,9 @@ def evaluate(
     starts = choose_starts(rows, max_starts, seed)
     state_range = StateRange.of(dataset)
     forecasts = forecast_all(ensemble, rows, starts, max(horizons), lacking, state_range, seed)
-    sampled = {name: forecasts[name] for name in ("ts1", "tsinf")}
+    sampled = {name: forecasts[name] for name in ("ts1", "tsinf")}  # free ones
     propagated = {"mean": forecasts["mean"], **sampled}
+    collective = {name: each for name, each in forecasts.items() if not name.startswith("member_")}
     reached = [step for step in horizons if step <= len(forecasts["mean"].error)]
     trajectory = rows.trajectory[starts]
     coverage = rollout_coverage_table(sampled, trajectory, fold[starts])
@@ -111,7 +117,7 @@ def evaluate(
         "rollout_dimensions": rollout_dimensions_table(propagated, reached, scale),
         "rollout_coverage": coverage,
         "calibrated_horizon": calibrated_horizon_table(coverage),
-        "starts": start_table(propagated, reached, trajectory, rows.step[starts]),
+        "starts": start_table(collective, reached, trajectory, rows.step[starts]),
     }
     return {name: table for name, table in tables.items() if not table.empty}
 
@@ -141,10 +147,14 @@ def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
     if "ood" in tables:
         for _, row in tables["ood"].query("units == 'normalised'").iterrows():
             summary[f"auroc_{row.dataset}_{row.measure}"] = row.auroc
-    for _, row in tables["rollout"][tables["rollout"].horizon.isin(horizons)].iterrows():
-        if row.propagation in ("mean", "ts1", "tsinf"):
-            summary[f"error_{row.propagation}_{row.horizon}"] = row["median"]
-            summary[f"diverged_{row.propagation}_{row.horizon}"] = row.diverged
+    rollout = tables["rollout"][tables["rollout"].propagation.isin(PROPAGATIONS)]
+    for propagation, by_step in rollout.groupby("propagation", sort=False):
+        summary[f"half_skill_horizon_{propagation}"] = half_skill_horizon(by_step.skill)
+        for _, row in by_step[by_step.horizon.isin(horizons)].iterrows():
+            headline = {"error": row["median"], "skill": row.skill, "exploded": row.exploded}
+            if propagation in SAMPLED:
+                headline["energy_score"] = row.energy_score
+            summary |= {f"{name}_{propagation}_{row.horizon}": value for name, value in headline.items()}
     for _, row in tables["calibrated_horizon"].iterrows():
         summary[f"calibrated_horizon_{row.propagation}_{row.variant}"] = row.horizon
     return {name: float(value) for name, value in summary.items() if np.isfinite(value)}

@@ -122,12 +122,12 @@ def draw_rollout_error(table: pd.DataFrame) -> Figure:
 
 
 def draw_rollout_astray(table: pd.DataFrame) -> Figure:
-    """Share of the simulated paths that left the data's range, and that diverged."""
+    """Share of the simulated paths that left the data's range, and that exploded."""
     figure, axes = _panel("Rollouts that leave the data", "steps", "share of paths")
     for name, (colour, _) in PROPAGATIONS.items():
         rows = table[table.propagation == name]
         axes.plot(rows.horizon, rows.left_range, "-", color=colour, lw=1.2, label=f"{name}: left the range")
-        axes.plot(rows.horizon, rows.diverged, "--", color=colour, label=f"{name}: diverged")
+        axes.plot(rows.horizon, rows.exploded, "--", color=colour, label=f"{name}: exploded")
     axes.set(xscale="log", ylim=(-0.02, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _plain_log_ticks(axes, table.horizon.max())
@@ -348,7 +348,7 @@ def _plain_log_ticks(axes: Axes, largest: int) -> None:
 
 
 def _cap_height(axes: Axes, values: pd.Series) -> None:
-    """Ends a log axis at a million, so that diverged rollouts do not flatten all others."""
+    """Ends a log axis at a million, so that exploded rollouts do not flatten all others."""
     finite = values[np.isfinite(values) & (values > 0)]
     if len(finite):
         axes.set_ylim(finite.min() / 2, min(finite.max() * 2, 1e6))

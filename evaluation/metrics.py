@@ -11,7 +11,7 @@ Gaussian prediction. Scores of single values come back value by value; the calle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,24 @@ def subset_mse(error: np.ndarray) -> np.ndarray:
     spread = error.var(axis=0, ddof=1) if members > 1 else np.zeros(error.shape[1:])
     sizes = np.arange(1, members + 1).reshape(-1, *(1,) * (error.ndim - 1))
     return np.square(error.mean(axis=0)) + spread / sizes * (1 - sizes / members)
+
+
+def observed_quantiles(values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """Quantiles over the last axis, nan left out: observed values, since interpolation fails where some are infinite.
+
+    Each is the smallest value with at least that share of the values at or below it.
+
+    Args:
+        values: ``(..., N)``.
+        shares: From 0 to 1, ``(Q,)``.
+
+    Returns:
+        ``(Q, ...)``; nan where all values are.
+    """
+    ordered = np.sort(values, axis=-1)  # nan last
+    count = np.count_nonzero(~np.isnan(values), axis=-1)
+    at = np.maximum(np.ceil(np.multiply.outer(np.asarray(shares), count) - 1e-9).astype(int) - 1, 0)  # (Q, ...)
+    return np.take_along_axis(np.broadcast_to(ordered, (len(at), *ordered.shape)), at[..., None], axis=-1)[..., 0]
 
 
 # --- Predictive distributions ---

@@ -262,7 +262,7 @@ def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> lis
         ),
     ]
     for step in [step for step in horizons if f"error_tsinf_{step}" in shown and step <= _CARD_HORIZON][-1:]:
-        reading = f"tsinf, median; {summary[f'diverged_tsinf_{step}']:.0%} diverged"
+        reading = f"tsinf, median; {summary[f'exploded_tsinf_{step}']:.0%} exploded"
         cards.append(Card(f"error after {step} steps", shown[f"error_tsinf_{step}"], reading))
     reading = "steps at which the 90 % band of tsinf holds"
     cards.append(Card("calibrated horizon", shown["calibrated_horizon_tsinf_raw"], reading))

@@ -2,7 +2,7 @@
 
 Scores are in normalised units, like the predictions they are made of, unless a column's name ends in ``_raw``. In the
 column ``dimension``, ``all`` stands for all learned state dimensions together; else it is the dimension's index, as
-text. Letters in shapes as in ``predictions.py`` and ``rollouts.py``.
+text. Letters in shapes as in ``predictions.py``. The tables of open-loop rollouts are in ``rollout_tables.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data.audit import moves_rarely
 from data.trajectories import Dataset, gather_transitions
 from dynamics_model import DynamicsEnsemble
 from evaluation import metrics
-from evaluation.calibration import Calibrated, cross_fitted_scale
+from evaluation.calibration import Calibrated
 from evaluation.predictions import (
     OneStep,
     Rows,
@@ -30,15 +30,12 @@ from evaluation.predictions import (
     member_nll,
     predict_one_step,
 )
-from evaluation.rollouts import Forecast
 from evaluation.selection import Model, unseen_rows
 from utils import InputError
 
 Tables = dict[str, pd.DataFrame]
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # of the central intervals whose coverage is shown
-BAND = 0.9  # level of the band for which rollouts are said to be calibrated
-QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9}
 _PIT_BINS = 20
 _KEPT_SHARES = np.arange(0.02, 1.001, 0.02)  # shares of rows at which risk-coverage curves are shown
 
@@ -366,146 +363,6 @@ def trajectory_table(rows: Rows, one_step: OneStep, scores: Mapping[str, Scores]
     by_row = pd.DataFrame({name: values.mean(axis=1) for name, values in by_value.items()})
     groups = by_row.groupby(rows.trajectory)
     return groups.size().rename("rows").to_frame().join(groups.mean()).rename_axis("trajectory").reset_index()
-
-
-# --- Open loop ---
-
-
-def rollout_table(forecasts: Mapping[str, Forecast], trajectory: np.ndarray) -> pd.DataFrame:
-    """Errors, spreads and shares of paths that went astray, over start points, at every step.
-
-    Quantiles are observed values (the smallest one with at least that share of start points at or below it), since
-    interpolation fails where errors are infinite.
-
-    Args:
-        forecasts: By propagation.
-        trajectory: Trajectory of each start point, ``(S,)``.
-
-    Returns:
-        - propagation: ``no_change``, ``mean``, ``ts1``, ``tsinf``, ``member_0``, ``member_1``, ...;
-        - horizon: steps from the start;
-        - starts, trajectories: start points whose trajectory lasts so long, and how many trajectories they are of;
-        - q10, q25, median, q75, q90: quantiles of the error of the forecast's mean;
-        - spread: median standard deviation of the forecast; nan where it is a point;
-        - left_range, diverged: share of simulated paths that have left the data's range, and that have diverged.
-    """
-    records = []
-    for propagation, forecast in forecasts.items():
-        for step, distance in enumerate(forecast.distance):
-            alive = ~np.isnan(distance)
-            quantiles = np.quantile(distance[alive], list(QUANTILES.values()), method="inverted_cdf")
-            spread = np.sqrt(forecast.variance[step, alive].mean(axis=-1))
-            record = {
-                "propagation": propagation,
-                "horizon": step + 1,
-                "starts": int(alive.sum()),
-                "trajectories": len(np.unique(trajectory[alive])),
-                **dict(zip(QUANTILES, quantiles, strict=True)),
-                "spread": pd.Series(spread).median(),  # of those that are numbers
-                "left_range": forecast.left_range[step, alive].mean(),
-                "diverged": forecast.diverged[step, alive].mean(),
-            }
-            records.append(record)
-    return pd.DataFrame(records)
-
-
-def rollout_dimensions_table(forecasts: Mapping[str, Forecast], horizons: Sequence[int], scale: Scale) -> pd.DataFrame:
-    """Errors of each dimension, over start points, at the horizons asked for.
-
-    Returns:
-        - propagation, horizon, dimension;
-        - median, median_raw: of the absolute error of the forecast's mean.
-    """
-    tables = []
-    for propagation, forecast in forecasts.items():
-        for horizon in horizons:
-            error = np.abs(forecast.error[horizon - 1])  # (S, L)
-            median = np.quantile(error[~np.isnan(error[:, 0])], 0.5, axis=0, method="inverted_cdf")
-            columns = {"dimension": scale.learned.astype(str), "median": median, "median_raw": median * scale.factor}
-            tables.append(pd.DataFrame({"propagation": propagation, "horizon": horizon, **columns}))
-    return _joined(tables)
-
-
-def rollout_coverage_table(forecasts: Mapping[str, Forecast], trajectory: np.ndarray, fold: np.ndarray) -> pd.DataFrame:
-    """Coverage of the 90 % band of forecasts, taken for Gaussians, at every step.
-
-    Recalibration multiplies standard deviations by one factor per dimension and step. It ends at the step where a fold
-    has no other fold to be fitted on.
-
-    Args:
-        forecasts: By propagation, with variances.
-        trajectory: Trajectory of each start point, ``(S,)``.
-        fold: Fold of each start point, ``(S,)``.
-
-    Returns:
-        - propagation;
-        - variant: ``raw``, as forecast, or ``recalibrated``;
-        - horizon: steps from the start;
-        - coverage: share of true states inside the band, mean over start points and dimensions;
-        - standard_error: of the coverage, clustered by trajectory;
-        - starts, trajectories: as in ``rollout_table``.
-    """
-    records = []
-    for propagation, forecast in forecasts.items():
-        with np.errstate(invalid="ignore"):
-            z = forecast.error / np.sqrt(forecast.variance)  # (K, S, L)
-        scale = cross_fitted_scale(z, fold)
-        for step, alive in enumerate(~np.isnan(forecast.error[..., 0])):
-            variants = {"raw": z[step, alive]}
-            if np.isfinite(scale[step, alive]).all():
-                variants["recalibrated"] = z[step, alive] / scale[step, alive]
-            for variant, values in variants.items():
-                covered = metrics.is_covered(values, BAND).mean(axis=-1)
-                mean, error = metrics.clustered_mean(covered, trajectory[alive])
-                record = {"propagation": propagation, "variant": variant, "horizon": step + 1, "coverage": mean}
-                record |= {"standard_error": error, "starts": len(covered)}
-                records.append(record | {"trajectories": len(np.unique(trajectory[alive]))})
-    return pd.DataFrame(records)
-
-
-def calibrated_horizon_table(coverage: pd.DataFrame) -> pd.DataFrame:
-    """For how many steps the 90 % band covers what it promises.
-
-    Args:
-        coverage: A ``rollout_coverage_table``.
-
-    Returns:
-        - propagation, variant: as there;
-        - horizon: steps for which coverage stays at or above 90 % minus two standard errors;
-        - checked: steps that could be checked: those that two or more trajectories reach.
-    """
-    records = []
-    for (propagation, variant), table in coverage.groupby(["propagation", "variant"], sort=False):
-        horizon = metrics.calibrated_horizon(table.coverage, table.standard_error, BAND)
-        checked = int(table.standard_error.notna().sum())
-        records.append({"propagation": propagation, "variant": variant, "horizon": horizon, "checked": checked})
-    return pd.DataFrame(records)
-
-
-def start_table(
-    forecasts: Mapping[str, Forecast], horizons: Sequence[int], trajectory: np.ndarray, step: np.ndarray
-) -> pd.DataFrame:
-    """Errors of single start points, of those whose trajectory lasts so long, at the horizons asked for.
-
-    Args:
-        forecasts: By propagation.
-        horizons: Steps from the start.
-        trajectory: Trajectory of each start point, ``(S,)``.
-        step: Index of each start point in its trajectory, ``(S,)``.
-
-    Returns:
-        - propagation;
-        - trajectory, start: index of the trajectory in the dataset, and of the start point in the trajectory;
-        - horizon: steps from the start;
-        - error: of the forecast's mean, root mean square over dimensions.
-    """
-    tables = []
-    for propagation, forecast in forecasts.items():
-        for horizon in horizons:
-            distance = forecast.distance[horizon - 1]
-            columns = {"trajectory": trajectory, "start": step, "horizon": horizon, "error": distance}
-            tables.append(pd.DataFrame({"propagation": propagation, **columns})[~np.isnan(distance)])
-    return _joined(tables)
 
 
 # --- The simulator ---

@@ -5,7 +5,7 @@ import pytest
 from data.trajectories import Dataset, Trajectory, gather_transitions
 from deterministic_model import DeterministicModel
 from dynamics_model import DynamicsEnsemble
-from evaluation.evaluate import evaluate, summarise
+from evaluation.evaluate import PROPAGATIONS, evaluate, summarise
 from evaluation.predictions import gather_rows
 from probabilistic_model import ProbabilisticModel
 
@@ -106,11 +106,11 @@ def test_trajectories_add_up_to_the_whole(knowing_ensemble, noisy_dataset, overa
 def test_rollouts_go_as_far_as_the_longest_trajectory(constant_ensemble, walks):
     ensemble, data = constant_ensemble(DeterministicModel, [1.0, 1.0]), walks(30, 30)
     tables = evaluate(ensemble, data, everything(data), horizons=[1, 5, 100], max_starts=10)
-    names = ["no_change", "mean", "ts1", "tsinf", "member_0", "member_1"]
-    assert tables["rollout"].propagation.unique().tolist() == names
+    names = ["no_change", "mean_state", "mean", "mean_clamped", "ts1", "tsinf", "tsinf_clamped"]
+    assert tables["rollout"].propagation.unique().tolist() == [*names, "member_0", "member_1"]
     assert 5 < tables["rollout"].horizon.max() <= 30
     assert set(tables["starts"].horizon) == set(tables["rollout_dimensions"].horizon) == {1, 5}
-    assert tables["starts"].propagation.unique().tolist() == ["mean", "ts1", "tsinf"]
+    assert tables["starts"].propagation.unique().tolist() == names
     assert len(tables["rollout_dimensions"]) == 3 * 2 * 2
     assert set(tables["rollout_coverage"].propagation) == {"ts1", "tsinf"}
 
@@ -152,6 +152,8 @@ def test_summary_holds_the_numbers_of_the_tables(knowing_ensemble, noisy_dataset
     assert summary["coverage_90_raw"] == overall(tables["calibration"], variant="raw")["coverage_90"]
     tsinf = tables["rollout"].query("propagation == 'tsinf'").set_index("horizon")
     assert summary["error_tsinf_3"] == tsinf["median"][3]
+    assert summary["skill_tsinf_3"] == tsinf.skill[3]
+    assert summary["energy_score_tsinf_3"] == tsinf.energy_score[3]
     assert summary["auroc_same_total_std"] == 0.5  # members who are always as unsure cannot tell anything apart
     assert "spearman_total_std" not in summary  # a correlation with a constant is none
     assert all(np.isfinite(value) and isinstance(value, float) for value in summary.values())
@@ -172,7 +174,9 @@ def test_headline_numbers_bear_the_published_names(random_member, linear_system)
         *(f"{score}_isotonic" for score in ("crps", "sharpness")),
         *(f"{score}_{variant}" for score in scores for variant in ("raw", "recalibrated", "isotonic")),
         *(f"{score}_{of}" for score in ("spearman", "auroc_worst", "risk_reduction") for of in measures),
-        *(f"{score}_{of}_{k}" for score in ("error", "diverged") for of in ("mean", "ts1", "tsinf") for k in (1, 3)),
+        *(f"{score}_{of}_{k}" for score in ("error", "skill", "exploded") for of in PROPAGATIONS for k in (1, 3)),
+        *(f"energy_score_{of}_{k}" for of in ("ts1", "tsinf", "tsinf_clamped") for k in (1, 3)),
+        *(f"half_skill_horizon_{of}" for of in PROPAGATIONS),
         *(f"calibrated_horizon_{of}_{variant}" for of in ("ts1", "tsinf") for variant in ("raw", "recalibrated")),
     }
     assert set(summary) == names

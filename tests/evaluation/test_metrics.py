@@ -39,6 +39,15 @@ def test_subset_mse_of_one_member_is_its_squared_error():
     np.testing.assert_array_equal(metrics.subset_mse(np.array([[2.0, -3.0]])), [[4.0, 9.0]])
 
 
+def test_observed_quantiles_are_values_of_those_that_there_are(rng):
+    values = rng.normal(size=(4, 11))
+    expected = np.quantile(values, [0.1, 0.5, 0.9], axis=-1, method="inverted_cdf")
+    np.testing.assert_array_equal(metrics.observed_quantiles(values, [0.1, 0.5, 0.9]), expected)
+    ended = np.array([[3.0, np.nan, 1.0, np.inf, np.inf], [np.nan, np.nan, np.nan, np.nan, 7.0]])
+    np.testing.assert_array_equal(metrics.observed_quantiles(ended, [0.25, 0.5]), [[1.0, 7.0], [3.0, 7.0]])
+    assert np.isnan(metrics.observed_quantiles(np.full(3, np.nan), [0.5])).all()
+
+
 # --- Predictive distributions ---
 
 

@@ -10,7 +10,6 @@ from dynamics_model import DynamicsEnsemble
 from evaluation import metrics, tables
 from evaluation.calibration import Calibrated
 from evaluation.predictions import OneStep, Scale, gather_rows, measure_uncertainty, predict_one_step
-from evaluation.rollouts import Forecast
 from evaluation.selection import Model
 from probabilistic_model import ProbabilisticModel
 
@@ -166,86 +165,6 @@ def test_far_away_data_is_told_apart_and_the_same_data_is_not(uncertain_ensemble
     np.testing.assert_allclose(auroc["near"], 0.5)
     assert (table.rows == 500).all()
     assert table.groupby("dataset").rmse.nunique().tolist() == [1, 1]
-
-
-# --- Open loop ---
-
-
-def gaussian_forecast(factor, steps=3, starts=2000, seed=0):
-    """A forecast whose errors are ``factor`` times as large as it says, dimensions alike."""
-    error = factor * np.random.default_rng(seed).normal(size=(steps, starts, 2))
-    shares = np.zeros((steps, starts))
-    return Forecast(error, np.ones_like(error), shares, shares)
-
-
-def test_rollout_table_by_hand():
-    error = np.array([[[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], [[1.0, 1.0], [2.0, 2.0], [np.nan, np.nan]]])
-    shares = np.array([[0.0, 0.5, 1.0], [1.0, 1.0, np.nan]])
-    result = Forecast(error, np.full_like(error, 4.0), shares, np.zeros_like(shares))
-    table = tables.rollout_table({"tsinf": result}, trajectory=np.array([7, 7, 8]))
-    assert table["median"].tolist() == pytest.approx([5 / np.sqrt(2), 1.0])
-    assert table.q90.tolist() == pytest.approx([10 / np.sqrt(2), 2.0])
-    assert table.starts.tolist() == [3, 2]
-    assert table.trajectories.tolist() == [2, 1]
-    assert table.left_range.tolist() == [0.5, 1.0]
-    assert table.spread.tolist() == [2.0, 2.0]
-
-
-def test_rollouts_that_explode_have_an_infinite_median_and_points_no_spread():
-    error = np.full((1, 3, 2), np.inf)
-    variance = np.array([[[1.0, 1.0], [9.0, 9.0], [np.nan, np.nan]]])
-    shares = np.ones((1, 3))
-    exploded = Forecast(error, variance, shares, shares)
-    point = Forecast(error, np.full_like(error, np.nan), shares, shares)
-    table = tables.rollout_table({"tsinf": exploded, "mean": point}, np.arange(3)).set_index("propagation")
-    assert np.isinf(table["median"]).all()
-    assert table.spread["tsinf"] == 2.0  # of those that are numbers
-    assert np.isnan(table.spread["mean"])
-
-
-def test_errors_of_dimensions_and_starts_by_hand():
-    error = np.array([[[1.0, -2.0], [3.0, 4.0], [0.5, 0.0]], [[-2.0, 2.0], [4.0, 4.0], [np.nan, np.nan]]])
-    shares = np.zeros((2, 3))
-    forecasts = {"mean": Forecast(error, error, shares, shares)}
-    table = tables.rollout_dimensions_table(forecasts, [1, 2], SCALE).set_index(["horizon", "dimension"])
-    assert table["median"].tolist() == [1.0, 2.0, 2.0, 2.0]  # the smallest with half at or below it
-    assert table.median_raw.tolist() == [1.0, 20.0, 2.0, 20.0]
-    table = tables.start_table(forecasts, [2], trajectory=np.array([5, 6, 7]), step=np.array([10, 20, 30]))
-    assert table.columns.tolist() == ["propagation", "trajectory", "start", "horizon", "error"]
-    assert table.to_numpy().tolist() == [["mean", 5, 10, 2, 2.0], ["mean", 6, 20, 2, 4.0]]
-
-
-def test_a_calibrated_forecast_keeps_its_promise_and_an_overconfident_one_does_when_recalibrated():
-    trajectory, fold = np.arange(2000) // 20, np.arange(2000) // 400
-    forecasts = {"right": gaussian_forecast(1.0), "wrong": gaussian_forecast(2.0)}
-    table = tables.rollout_coverage_table(forecasts, trajectory, fold)
-    coverage = table.set_index(["propagation", "variant"]).coverage
-    assert (coverage["right"] - 0.9).abs().max() < 0.015
-    assert (coverage["wrong", "raw"] < 0.65).all()
-    assert (coverage["wrong", "recalibrated"] - 0.9).abs().max() < 0.015
-    horizons = tables.calibrated_horizon_table(table).set_index(["propagation", "variant"])
-    assert (horizons.checked == 3).all()
-    expected = {("right", "raw"): 3, ("right", "recalibrated"): 3, ("wrong", "raw"): 0, ("wrong", "recalibrated"): 3}
-    assert horizons.horizon.to_dict() == expected
-
-
-def test_standard_errors_respect_trajectories():
-    starts = 400
-    error = np.repeat(np.random.default_rng(0).normal(size=(1, starts // 20, 2)), 20, axis=1)  # alike in a trajectory
-    forecasts = {"tsinf": Forecast(error, np.ones_like(error), np.zeros((1, starts)), np.zeros((1, starts)))}
-    fold = np.zeros(starts)
-    clustered = tables.rollout_coverage_table(forecasts, np.arange(starts) // 20, fold).standard_error[0]
-    naive = tables.rollout_coverage_table(forecasts, np.arange(starts), fold).standard_error[0]
-    assert clustered > 3 * naive
-
-
-def test_recalibration_stops_where_no_other_fold_is_left():
-    error = np.random.default_rng(0).normal(size=(2, 4, 1))
-    error[1, 2:] = np.nan  # at the second step only the first fold is alive
-    shares = np.zeros((2, 4))
-    forecasts = {"ts1": Forecast(error, np.ones_like(error), shares, shares)}
-    table = tables.rollout_coverage_table(forecasts, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))
-    assert table[["variant", "horizon"]].to_numpy().tolist() == [["raw", 1], ["recalibrated", 1], ["raw", 2]]
 
 
 # --- Several models and datasets ---

@@ -65,8 +65,8 @@ def make_study(make_cell, make_result):
         starts = [(t, k, error[t] * k) for k, count in reached.items() for t in trajectory[:count]]
         members = {"predictor": ["ensemble", "member_0", "member_1", "member_2"], "rmse": [1.0, 2.0, 4.0, 8.0]}
         curve = {"step": [0, 1, 2] * 2, "model_id": [0] * 3 + [1] * 3, "val_mse": [4.0, 1.0, math.e, 3.0, 2.0, 1.0]}
-        rollout = {"propagation": "tsinf", "horizon": steps, "median": error[1] * steps, "diverged": steps / 100}
-        still = {"propagation": "no_change", "horizon": steps, "median": 10.0 * steps, "diverged": 0.0}
+        rollout = {"propagation": "tsinf", "horizon": steps, "median": error[1] * steps, "exploded": steps / 100}
+        still = {"propagation": "no_change", "horizon": steps, "median": 10.0 * steps, "exploded": 0.0}
         return {
             "trajectories": pd.DataFrame(
                 {"trajectory": trajectory, "rows": 10, "mse": np.square(error), "crps_recalibrated": error}
