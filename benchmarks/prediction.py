@@ -4,10 +4,11 @@
     python -m benchmarks.prediction --rows 500 --threads 1
     python -m benchmarks.prediction --quick
 
-Planners predict 20 to 1000 rows at a time, over and over along a horizon. Two tasks are timed: ``predict`` (the same
-rows with every member) and rollouts over the horizon. Three ways to do them run in turn: the stacked ensemble, a loop
-over the members of ``model.pkl``, and the published way, a loop over plain ``nn.Linear`` networks. They share their
-weights, and are first checked to predict the same.
+Planners predict 20 to 1000 rows at a time, over and over along a horizon, and an agent that acts predicts one. Two
+tasks are timed: ``predict`` (the same rows with every member) and rollouts over the horizon. Three ways to do them run
+in turn: the stacked ensemble, a loop over the members of ``model.pkl``, and the published way, a loop over plain
+``nn.Linear`` networks. They share their weights, and are first checked to predict the same. One such network by itself
+shows what the other members cost.
 
 All three multiply with PyTorch's own products, whichever products training chooses on the machine. The ensemble and the
 published way are also timed with PyTorch's switch for products that round their operands,
@@ -34,13 +35,14 @@ from dynamics_model import DynamicsEnsemble, DynamicsModel
 from reporting.page import markdown_table
 
 KINDS = {"probabilistic": "4x200", "deterministic": "4x256"}  # layers x width of each kind
-ROWS = (20, 50, 100, 200, 500, 1000)
+ROWS = (1, 20, 50, 100, 200, 500, 1000)
 THREADS = (1, 2)
 HORIZON = 30
 CASE = ["kind", "task", "rows", "threads"]
 OTHERS = {
     "members": "loop over members of model.pkl",
     "plain": "loop over nn.Linear networks",
+    "single": "one of them",
     "rounded": "ours, products rounded",
     "plain rounded": "loop over nn.Linear networks, products rounded",
 }
@@ -63,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.command_line(__doc__)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of ensemble (all)")
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows per prediction (20 to 1000)")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows per prediction (1 to 1000)")
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS, help="threads (1 2)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each arm (7)")
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long an arm runs in a round (0.1)")
@@ -98,6 +100,7 @@ def measure(results: harness.ResultsFile, case: Case, threads: int, rows: int, r
             "ours": lambda: ensemble.predict(states, actions),
             "members": lambda: [member.forward(states, actions) for member in members],
             "plain": lambda: [plain(states, actions, member) for member in range(len(members))],
+            "single": lambda: plain(states, actions, 0),
         },
         f"rollout of {HORIZON} steps, every member": {
             "ours": lambda: ensemble.rollout(states, plans, "member"),
