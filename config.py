@@ -33,7 +33,8 @@ class LearnConfig:
     # --- Model ---
     # Kind of ensemble: Gaussian members trained on their likelihood, or point predictions trained on squared error.
     probabilistic: bool = False
-    # Kind of ensemble by name, one of KINDS in dynamics_model.py; null leaves the choice to `probabilistic`.
+    # Kind of ensemble by name, one of KINDS in dynamics_model.py; null leaves the choice to `probabilistic`. Means of
+    # faithful and posthoc members learn as those of point predictions do; posthoc needs a holdout.
     kind: str | None = None
     # Members, all trained at once; each has its own initialisation and order of minibatches.
     ensemble_size: int = 7
@@ -71,6 +72,9 @@ class LearnConfig:
     beta_nll: float = 0.0
     # Share of training over which beta_nll falls linearly to 0, the plain likelihood; 0 keeps it constant.
     beta_nll_decay: float = 0.0
+    # Width of Huber's loss of the mean, normalised units: larger errors count in proportion to their size, not to its
+    # square. null is squared error. For kinds whose mean does not learn from a likelihood.
+    huber_width: float | None = None
     # Largest norm of a member's gradient per step; null leaves gradients as they are.
     grad_clip: float | None = None
     # Share of training, from its start, in which matrix products round their operands where that is faster: to bfloat16
@@ -114,7 +118,9 @@ class LearnConfig:
         for name in ("seed", "split_seed"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 2**32, name, value, "a whole number from 0 to 2^32 - 1")
-        _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "null or a positive number")
+        for name in ("huber_width", "grad_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "null or a positive number")
         is_way = self.products is None or _WAY_TO_MULTIPLY.fullmatch(self.products)
         _require(is_way, "products", self.products, "null, or LIBRARY/GROUPING/THREADS such as torch/apart/2")
         milestones = self.scheduler_milestones

@@ -1,4 +1,4 @@
-"""Deterministic ensembles: members predict the next state as a point, trained on squared error."""
+"""Deterministic ensembles: members predict the next state as a point, trained on squared error or on Huber's loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dynamics_model import Array, DynamicsEnsemble, DynamicsModel
+
+
+def point_error(mean: Tensor, targets: Tensor, huber_width: float | None) -> Tensor:
+    """Error of each value ``(...)``, normalised units: squared or, given a width, Huber's loss (Huber 1964).
+
+    Huber's loss is scaled to equal the squared error within the width, so that its gradient is that of squared error
+    there. Beyond it, it is ``2 * width * |error| - width^2``: no error, however large, has more pull than the width.
+    """
+    if huber_width is None:
+        return (mean - targets).square()
+    return 2 * functional.huber_loss(mean, targets, reduction="none", delta=huber_width)
+
+
+def point_losses(mean: Tensor, targets: Tensor, huber_width: float | None) -> tuple[Tensor, Tensor]:
+    """``point_error``, and squared error without gradients: means of ``(ensemble, batch, ...)``, per member."""
+    squared = (mean - targets).square().mean(dim=(1, 2))
+    objective = squared if huber_width is None else point_error(mean, targets, huber_width).mean(dim=(1, 2))
+    return objective, squared.detach()
 
 
 class DeterministicEnsemble(DynamicsEnsemble):
@@ -27,11 +46,12 @@ class DeterministicEnsemble(DynamicsEnsemble):
         """The outputs are the mean; there is no variance."""
         return outputs, None
 
-    def losses(self, inputs: Tensor, targets: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean squared error per member, ``(ensemble,)``, whatever the progress; it is also the reported loss."""
+    def losses(
+        self, inputs: Tensor, targets: Tensor, progress: float = 0.0, *, huber_width: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean ``point_error`` per member, and mean squared error to report, ``(ensemble,)``, whatever the progress."""
         mean, _ = self.predict_change(inputs)
-        loss = (mean - targets).square().mean(dim=(1, 2))
-        return loss, loss.detach()
+        return point_losses(mean, targets, huber_width)
 
     def score_terms(self, targets: Tensor, mean: Tensor, log_variance: None) -> dict[str, Tensor]:
         """Squared error of each value ``(...)``, normalised units."""

@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
-import itertools
 import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -39,6 +37,8 @@ _ACTIVATIONS |= {"swish": functional.silu, "tanh": torch.tanh}
 KINDS = {
     "deterministic": ("deterministic_model", "DeterministicModel"),
     "probabilistic": ("probabilistic_model", "ProbabilisticModel"),
+    "faithful": ("probabilistic_model", "FaithfulModel"),
+    "posthoc": ("probabilistic_model", "PosthocModel"),
 }
 _PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")  # the last is to initialise
 
@@ -67,7 +67,7 @@ def random_stream(seed: int, member: int, purpose: str, epoch: int = 0) -> Gener
     return Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """What rebuilds a network before its weights are loaded."""
 
@@ -79,7 +79,7 @@ class Architecture:
     reward_hidden_size: tuple[int, ...] | None = None  # None: no reward is learned
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Normalisation:
     """Shift and scale, mean and mean absolute deviation of the training rows, as float32 tensors."""
 
@@ -112,8 +112,7 @@ class StackedMLP(nn.Module):
     drawn head by head, so that a network with more heads starts with the same first one.
 
     Args:
-        ensemble_size: Number of networks, E.
-        in_dim, hidden_size: Inputs of each network, and units of each of its hidden layers.
+        ensemble_size, in_dim, hidden_size: Number of networks, E; inputs, and units of each hidden layer, of each.
         head_dim, heads: Outputs of a head, and how many heads put theirs one after the other.
         activation_fn, layer_norm: The activation of hidden layers, and whether they are normalised before it.
         generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
@@ -131,13 +130,11 @@ class StackedMLP(nn.Module):
         generator: Generator | None,
     ) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[activation_fn]
-        self.layer_norm = layer_norm
+        self.activation, self.layer_norm = _ACTIVATIONS[activation_fn], layer_norm
         self.linear: Linear = stacked_linear  # training may know a faster function for its machine
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        widths = [in_dim, *hidden_size]
-        shapes = [(fan_in, fan_out, 1) for fan_in, fan_out in itertools.pairwise(widths)]
-        for fan_in, fan_out, parts in [*shapes, (widths[-1], head_dim, heads)]:
+        layers = zip([in_dim, *hidden_size], [*hidden_size, head_dim], [1] * len(hidden_size) + [heads], strict=True)
+        for fan_in, fan_out, parts in layers:
             weight = torch.zeros(ensemble_size, fan_in, fan_out * parts)
             bias = torch.zeros(ensemble_size, 1, fan_out * parts)
             if generator is not None:
@@ -154,15 +151,22 @@ class StackedMLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps ``(ensemble, batch, in_dim)`` to ``(ensemble, batch, heads * head_dim)``."""
+        return self.output(self.features(inputs))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Units of the last hidden layer, ``(ensemble, batch, hidden_size[-1])``; the inputs where there is none."""
         hidden = inputs
-        *hidden_layers, output_layer = zip(self.weights, self.biases, strict=True)
-        for layer, (weight, bias) in enumerate(hidden_layers):
+        for layer, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1], strict=True)):
             hidden = self.linear(hidden, weight, bias)  # (ensemble, batch, out)
             if self.layer_norm:
                 hidden = functional.layer_norm(hidden, hidden.shape[-1:])
                 hidden = torch.addcmul(self.offsets[layer], hidden, self.gains[layer])
             hidden = self.activation(hidden)
-        return self.linear(hidden, *output_layer)
+        return hidden
+
+    def output(self, features: Tensor) -> Tensor:
+        """The output layer alone, of what ``features`` returns."""
+        return self.linear(features, self.weights[-1], self.biases[-1])
 
 
 class DynamicsEnsemble(nn.Module):
@@ -189,6 +193,8 @@ class DynamicsEnsemble(nn.Module):
     heads: ClassVar[int]  # outputs of a network per learned dimension
     loss_name: ClassVar[str]  # of the reported loss, a column of metrics.csv
     disagreements: ClassVar[tuple[str, ...]] = DISAGREEMENTS  # those that this kind has
+    clipped_apart: ClassVar[tuple[str, ...]] = ("reward",)  # networks whose gradients are clipped by themselves
+    holdout_losses: ClassVar[Callable | None] = None  # as losses, of a second phase that learns from held-out rows
 
     def __init__(
         self,
@@ -200,11 +206,10 @@ class DynamicsEnsemble(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.architecture = architecture
         self.state_dim, self.action_dim = architecture.state_dim, architecture.action_dim
         self.holdout_idx: np.ndarray | None = None
         self.metadata: dict[str, Any] = {}
-        self.elites, self.seed = list(range(ensemble_size)), seed
+        self.architecture, self.elites, self.seed = architecture, list(range(ensemble_size)), seed
         for name in Normalisation.names():
             self.register_buffer(name, getattr(normalisation, name).clone())
         learned = normalisation.delta_scale.nonzero().flatten()  # the state dimensions whose change varies
@@ -217,9 +222,8 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("output_of_dim", output.clamp(min=0), persistent=False)
         in_dim = architecture.state_dim + architecture.action_dim
         activation = (architecture.activation_fn, architecture.layer_norm)
-        self.dynamics = StackedMLP(
-            ensemble_size, in_dim, architecture.hidden_size, self.learned_dim, self.heads, *activation, generator
-        )
+        shape = (in_dim, architecture.hidden_size, self.learned_dim, self.heads)
+        self.dynamics = StackedMLP(ensemble_size, *shape, *activation, generator)
         self.reward = None
         if (hidden := architecture.reward_hidden_size) is not None:
             in_dim += self.learned_dim
@@ -372,11 +376,9 @@ class DynamicsEnsemble(nn.Module):
 
     def draw_members(self, states: Array, actions: Array, members: Members, generator: Generator) -> Tensor:
         """Draws each row's next state ``(..., state_dim)`` from what ``predict_members`` predicts."""
-
-        def draw_each(*parts: Tensor) -> tuple:
-            return (self.draw(*self._moments_each(*parts), generator),)
-
-        return self._predict_rows(draw_each, (states, actions), members)[0]
+        return self._predict_rows(
+            lambda *rows: (self.draw(*self._moments_each(*rows), generator),), (states, actions), members
+        )[0]
 
     def predict_each(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
         """As ``predict``, but with rows of its own for each member: all ``(ensemble, batch, ...)``."""
@@ -420,9 +422,7 @@ class DynamicsEnsemble(nn.Module):
     def disagreement_of(self, mean: Tensor, variance: Tensor, kind: Disagreement) -> Tensor:
         """As ``disagreement``, of moments already predicted, ``(ensemble, ..., dimensions)``, and in their unit."""
         if kind not in DISAGREEMENTS:
-            raise ValueError(
-                f"disagreement {kind!r} is unknown; use max_pairwise, ensemble_std, max_aleatoric or total_std"
-            )
+            raise ValueError(f"disagreement {kind!r} is unknown; use {', '.join(DISAGREEMENTS[:-1])} or total_std")
         if kind not in self.disagreements:
             raise ValueError(f"{kind} needs probabilistic members; use max_pairwise or ensemble_std")
         if kind == "max_pairwise":
@@ -435,7 +435,12 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def rollout(
-        self, states: Array, actions: Array, propagation: Propagation = "tsinf", generator: Generator | None = None
+        self,
+        states: Array,
+        actions: Array,
+        propagation: Propagation = "tsinf",
+        generator: Generator | None = None,
+        clamp: tuple[Array, Array] | None = None,
     ) -> Tensor:
         """Rolls out open loop: applies given actions from given states, feeding predictions back.
 
@@ -446,6 +451,7 @@ class DynamicsEnsemble(nn.Module):
                 ``ts1``: it is dealt one anew at each step (both PETS, Chua et al. 2018, section 5.2); ``mean``: the
                 mean over members' means, fed back; ``member``: every member on its own mean.
             generator: Where members are dealt and states are drawn from; None: the ensemble's own stream.
+            clamp: Lowest and highest states, ``(state_dim,)`` each, raw units, which bound those after every step.
 
         Returns:
             States with the start first, ``(batch, horizon + 1, state_dim)``; for ``member``
@@ -456,13 +462,13 @@ class DynamicsEnsemble(nn.Module):
         states, actions = (as_tensor(part, self.input_shift.device) for part in (states, actions))
         plans = (*states.shape[:1], *actions.shape[1:2], self.action_dim)  # (batch, horizon, action_dim)
         if states.shape[1:] != (self.state_dim,) or actions.shape != plans:
-            raise ValueError(
-                f"rollout got states {tuple(states.shape)} and actions {tuple(actions.shape)}; expected "
-                f"(batch, state_dim) and (batch, horizon, action_dim) of {self.state_dim} and {self.action_dim}"
-            )
+            expected = f"(batch, state_dim) and (batch, horizon, action_dim) of {self.state_dim} and {self.action_dim}"
+            found = f"rollout got states {tuple(states.shape)} and actions {tuple(actions.shape)}"
+            raise ValueError(f"{found}; expected {expected}")
         if propagation == "member":
             states, actions = states.expand(len(self), -1, -1), actions.expand(len(self), -1, -1, -1)
         generator = self._propagation if generator is None else generator
+        bounds = [as_tensor(bound, self.device) for bound in clamp or ()]
         members, trajectory = None, [states]
         for action in actions.unbind(dim=-2):
             if propagation == "mean":
@@ -472,6 +478,7 @@ class DynamicsEnsemble(nn.Module):
             else:
                 members = self.deal(len(states), generator) if members is None or propagation == "ts1" else members
                 states = self.draw_members(states, action, members, generator)
+            states = states.clamp(*bounds) if bounds else states
             trajectory.append(states)
         return torch.stack(trajectory, dim=-2)
 
@@ -492,8 +499,7 @@ class DynamicsEnsemble(nn.Module):
     def deal_members(self, particles: int, starts: int, generator: Generator) -> Tensor:
         """Deals the particles of each start to members, at random and evenly: ``(particles, starts)``, on the CPU."""
         rank = torch.rand(particles, starts, generator=generator).argsort(dim=0).argsort(dim=0)
-        members = torch.randperm(len(self), generator=generator)  # who gets one more is random, too
-        return members[rank % len(self)]
+        return torch.randperm(len(self), generator=generator)[rank % len(self)]  # who gets one more is random, too
 
     def _predict_each(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
         mean, log_variance = self.predict_change(self.normalise_inputs(states, actions))
@@ -545,8 +551,7 @@ class DynamicsEnsemble(nn.Module):
         order = members.argsort(stable=True)
         filled = torch.arange(int(counts.max())) < counts[:, None]  # (ensemble, width)
         rows = torch.zeros(filled.shape, dtype=torch.long).masked_scatter(filled, order)
-        place = torch.empty_like(order)
-        place[order] = filled.flatten().nonzero().squeeze(1)
+        place = torch.empty_like(order).scatter_(0, order, filled.flatten().nonzero().squeeze(1))
         return rows.to(self.input_shift.device), place.to(self.input_shift.device)
 
     def _as_rows(self, *parts: Array) -> list[Tensor]:
@@ -589,10 +594,7 @@ class DynamicsModel(nn.Module):
         return self.network.device
 
     def forward(self, states: Array, actions: Array) -> Tensor | tuple[Tensor, Tensor]:
-        """Predicts the next state ``(..., state_dim)``, a kind that has a variance the tuple of mean and variance.
-
-        Arguments are those of ``DynamicsEnsemble.predict``; differentiable, and safe under ``torch.func``.
-        """
+        """As the ensemble's ``predict``: next state or mean and variance; differentiable, safe under ``torch.func``."""
         raise NotImplementedError
 
     def predict(self, states: Array, actions: Array) -> np.ndarray:
@@ -602,10 +604,8 @@ class DynamicsModel(nn.Module):
 
     def predict_batched(self, states: Array, actions: Array, batch_size: int = 256) -> np.ndarray:
         """As ``predict``, of states and actions ``(rows, ...)``, ``batch_size`` rows at a time: every row is there."""
-        starts = range(0, max(len(states), 1), batch_size)
-        return np.concatenate(
-            [self.predict(states[start : start + batch_size], actions[start : start + batch_size]) for start in starts]
-        )
+        chunks = (slice(start, start + batch_size) for start in range(0, max(len(states), 1), batch_size))
+        return np.concatenate([self.predict(states[chunk], actions[chunk]) for chunk in chunks])
 
     def compute_loss_batched(self, states: Array, actions: Array, next_states: Array, batch_size: int = 256) -> float:
         """Mean squared error over every row and dimension, raw units, of next states ``(rows, state_dim)``."""

@@ -79,9 +79,9 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         from data.sources import load_datasets
         from tracking.trackers import warn
         from training.batches import normalise_rows
-        from training.build import build_ensemble, find_kind
+        from training.build import build_ensemble, check_holdout, find_kind
 
-        find_kind(config)
+        kind = find_kind(config)
         check_division(args)
         dataset = load_datasets(args.dataset, args.dataset_path, quiet=args.quiet)
         division = divide_dataset(args, config, dataset)
@@ -89,7 +89,8 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         for finding in findings:
             if finding.matters:
                 warn(str(finding))
-        transitions = division.training()
+        transitions, held_out = division.training(), division.holdout() if holds_out else None
+        check_holdout(kind.ensemble_class, 0 if held_out is None else len(held_out))
         check_rewards(config, division)
         ensemble = build_ensemble(config, transitions).to(device)
         run = open_run(args, config, division, findings)
@@ -106,7 +107,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
     try:
         with tracker:
             train = normalise_rows(ensemble, transitions)
-            holdout = normalise_rows(ensemble, division.holdout()) if holds_out else None
+            holdout = None if held_out is None else normalise_rows(ensemble, held_out)
             ensemble.holdout_idx = division.holdout_rows()
             products = run.record.products or str(fastest_products(ensemble, config, train))
             config = dataclasses.replace(config, products=products)

@@ -279,6 +279,7 @@ def changed_everywhere():
         weight_decay_mode="coupled",
         beta_nll=0.5,
         beta_nll_decay=0.75,
+        huber_width=0.02,
         reduced_precision=0.25,
         products="torch/apart/2",
         grad_clip=1.5,

@@ -65,7 +65,7 @@ def save_mlflow_model(path: Path, folder: Path, run_id: str, model_id: str) -> N
     sizes = {"states": ensemble.state_dim, "actions": ensemble.action_dim}
     sizes |= {"mean": ensemble.state_dim, "std": ensemble.state_dim}
     states, actions, *outputs = (TensorSpec(np.dtype("float32"), (-1, size), name) for name, size in sizes.items())
-    modules = ["dynamics_model", *(module for module, _ in KINDS.values())]
+    modules = ["dynamics_model", *{module: None for module, _ in KINDS.values()}]  # each once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an example of inputs, which it asks for, would add nothing
         mlflow.pyfunc.save_model(

@@ -22,6 +22,8 @@ from dynamics_model import (
 from training.batches import measure_normalisation
 from utils import InputError, did_you_mean
 
+JUDGED_BY = 5  # a kind that learns from held-out rows is judged by the last one in so many of them
+
 
 def find_kind(config: LearnConfig) -> type[DynamicsModel]:
     """Returns the class of the members that a configuration asks for.
@@ -37,8 +39,22 @@ def find_kind(config: LearnConfig) -> type[DynamicsModel]:
     for other in KINDS:
         for name, value in loss_settings(member_class(other).ensemble_class, config).items():
             if name not in own and value != (default := getattr(defaults, name)):
-                raise InputError(f"{name} is {value!r}; expected {default:g} for a {kind} ensemble")
+                expected = "null" if default is None else f"{default:g}"
+                raise InputError(f"{name} is {value!r}; expected {expected} for a {kind} ensemble")
     return member_class(kind)
+
+
+def check_holdout(ensemble_class: type[DynamicsEnsemble], rows: int) -> None:
+    """Checks that a kind that learns from held-out rows has some to learn from, and some to judge by.
+
+    Raises:
+        InputError: If there are too few.
+    """
+    if ensemble_class.holdout_losses is not None and rows < JUDGED_BY:
+        raise InputError(
+            f"a {ensemble_class.kind} ensemble learns its variance from held-out rows, of which there are {rows}; "
+            f"expected at least {JUDGED_BY}, such as by --holdout_ratio 0.2"
+        )
 
 
 def loss_settings(ensemble_class: type[DynamicsEnsemble], config: LearnConfig) -> dict[str, Any]:

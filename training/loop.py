@@ -4,7 +4,8 @@
         print(epoch.index, epoch.losses, epoch.holdout_scores["mse"])
 
 It yields the results of each epoch; the caller logs and saves them, and stops training by leaving the loop. How members
-are spread over threads is in ``member_threads.py``; what an ensemble is trained on is its kind's ``losses``.
+are spread over threads is in ``member_threads.py``; what an ensemble is trained on is its kind's ``losses``. Kinds with
+``holdout_losses`` are completed at the end, by ``learn_from_holdout``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from config import LearnConfig
 from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows, draw_bootstrap, draw_order
 from training.best_weights import BestWeights
-from training.build import loss_settings
+from training.build import JUDGED_BY, check_holdout, loss_settings
 from training.member_threads import MemberGroup, MemberThreads
 from training.optimisation import build_optimizer, clip_gradients, learning_rate
 from training.precision import product_precision, reduced_epochs
@@ -58,11 +59,13 @@ def train_ensemble(
     Raises:
         FloatingPointError: At the end, if a member never had a finite validation error.
     """
+    check_holdout(type(ensemble), 0 if holdout is None else len(holdout.inputs))
     ensemble.requires_grad_(True)
     rows, is_cuda = len(train.inputs), train.inputs.is_cuda
     best = BestWeights(ensemble, config.patience) if holdout is not None else None
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
-    step = partial(take_step, config, loss_settings(type(ensemble), config), train)
+    losses = partial(type(ensemble).losses, **loss_settings(type(ensemble), config))
+    step = partial(take_step, config, losses, train)
 
     if products is None:
         products = default_products() if config.products is None else Products.parse(config.products)
@@ -92,11 +95,49 @@ def train_ensemble(
             yield Epoch(epoch, losses, train_scores, holdout_scores, state)
     if best is not None:
         best.restore(ensemble)
+    if ensemble.holdout_losses is not None:
+        learn_from_holdout(ensemble, config, holdout, optimizer, products)
+
+
+def learn_from_holdout(
+    ensemble: DynamicsEnsemble,
+    config: LearnConfig,
+    holdout: NormalisedRows,
+    optimizer: Callable[[DynamicsEnsemble, LearnConfig], torch.optim.Optimizer],
+    products: Products,
+) -> None:
+    """Takes the second phase of kinds that have ``holdout_losses``: another training, with the same settings.
+
+    Only what these losses reach learns. The last fifth of the held-out rows, which are in the order of trajectories, is
+    not learned from: each member ends with the weights of its best likelihood there, so that it does not learn the
+    others by heart. Depends on its arguments alone, so an interrupted phase is simply taken again.
+
+    Args:
+        ensemble: Trained, with its best weights.
+        config: Settings; the phase has as many epochs as training.
+        holdout: Held-out rows; rewards do not count.
+        optimizer: As in ``train_ensemble``.
+        products: How to multiply.
+
+    Raises:
+        FloatingPointError: If a member never had a finite likelihood.
+    """
+    learned = len(holdout.inputs) - len(holdout.inputs) // JUDGED_BY
+    train = NormalisedRows(holdout.inputs[:learned], holdout.targets[:learned], None)
+    judge = NormalisedRows(holdout.inputs[learned:], holdout.targets[learned:], None)
+    best = BestWeights(ensemble, config.patience)
+    step = partial(take_step, config, type(ensemble).holdout_losses, train)
+    with MemberThreads(ensemble, config, step, optimizer, products) as threads:
+        for epoch in range(config.fit_epochs):
+            order = draw_order(config.seed, len(ensemble), learned, config.fit_epochs + epoch)  # other than in training
+            threads.take_epoch(order.to(ensemble.device), epoch)
+            best.update(ensemble, threads.score(judge)["nll"])
+    best.restore(ensemble)
 
 
 def take_step(
     config: LearnConfig,
-    settings: dict[str, Any],
+    losses: Callable[..., tuple[Tensor, Tensor]],
     train: NormalisedRows,
     group: MemberGroup,
     rows: Tensor,
@@ -106,7 +147,7 @@ def take_step(
 
     Args:
         config: Settings.
-        settings: Arguments of the kind's loss.
+        losses: The kind's, with its settings.
         train: Training rows.
         group: Members that step together, with their optimiser.
         rows: The minibatch of each, ``(ensemble, batch)`` of row indices.
@@ -119,8 +160,8 @@ def take_step(
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate(config, time)
     batch = train.select(rows)  # (ensemble, batch, ...)
-    objective, reported = ensemble.losses(batch.inputs, batch.targets, time / config.fit_epochs, **settings)
-    if ensemble.reward is not None:
+    objective, reported = losses(ensemble, batch.inputs, batch.targets, time / config.fit_epochs)
+    if batch.rewards is not None:
         objective = objective + ensemble.reward_loss(*batch)
     optimizer.zero_grad(set_to_none=True)
     objective.sum().backward()  # members share no parameter: each gets its own gradient

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import LearnConfig
-from dynamics_model import DynamicsEnsemble, Linear
+from dynamics_model import DynamicsEnsemble, Linear, StackedMLP
 from training.batches import NormalisedRows
 from training.products import Products
 from training.scores import Scores, score_rows
@@ -164,8 +164,8 @@ def view_members(ensemble: DynamicsEnsemble, members: slice, linear: Linear) -> 
     view = type(ensemble)(ensemble.architecture, ensemble.normalisation, size).to(ensemble.device)
     for own, stacked in zip(view.parameters(), ensemble.parameters(), strict=True):
         own.data = stacked.data[members]
-    for network in (view.dynamics, view.reward):
-        if network is not None:
+    for network in view.children():
+        if isinstance(network, StackedMLP):
             network.linear = linear
     return view
 

@@ -57,12 +57,13 @@ def _half_cosine(progress: float) -> float:
 
 
 def clip_gradients(ensemble: DynamicsEnsemble, max_norm: float) -> None:
-    """Scales each member's gradient down to a norm, separately for the dynamics and the reward network."""
-    reward = [] if ensemble.reward is None else list(ensemble.reward.parameters())
-    known = {id(parameter) for parameter in reward}
-    dynamics = [parameter for parameter in ensemble.parameters() if id(parameter) not in known]
-    for part in filter(None, (dynamics, reward)):
-        gradients = [parameter.grad for parameter in part]
+    """Scales each member's gradient down to a norm; networks that the kind names are clipped by themselves."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in ensemble.named_parameters():
+        network = name.partition(".")[0]
+        if parameter.grad is not None:
+            parts.setdefault(network if network in ensemble.clipped_apart else "", []).append(parameter.grad)
+    for gradients in parts.values():
         squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])
         norm = squares.sum(dim=0).sqrt()  # (ensemble,)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -56,7 +56,7 @@ def score_rows(ensemble: DynamicsEnsemble, rows: NormalisedRows) -> Scores:
         stacked = NormalisedRows(*(part if part is None else part.expand(len(ensemble), -1, -1) for part in chunk))
         terms = ensemble.score_terms(stacked.targets, *ensemble.predict_change(stacked.inputs))
         totals = {name: term.mean(dim=-1).double().sum(dim=1) for name, term in terms.items()}
-        if ensemble.reward is not None:
+        if rows.rewards is not None:
             totals["reward_mse"] = ensemble.reward_loss(*stacked).double() * len(chunk.inputs)
         for name, total in totals.items():
             sums[name] = sums[name] + total if name in sums else total

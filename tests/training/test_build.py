@@ -7,10 +7,12 @@ import resource
 import pytest
 import torch
 
+import dynamics_model
 from config import LearnConfig
 from dynamics_model import Architecture, DynamicsEnsemble
+from probabilistic_model import PosthocEnsemble
 from training.batches import measure_normalisation
-from training.build import available_memory, build_ensemble, check_size, find_kind, loss_settings
+from training.build import available_memory, build_ensemble, check_holdout, check_size, find_kind, loss_settings
 from utils import InputError
 
 # --- The kind ---
@@ -25,6 +27,9 @@ from utils import InputError
         ({"kind": "probabilistic"}, "probabilistic"),
         ({"kind": "probabilistic", "probabilistic": True}, "probabilistic"),
         ({"probabilistic": True, "beta_nll": 0.5, "beta_nll_decay": 0.8}, "probabilistic"),
+        ({"huber_width": 0.02}, "deterministic"),
+        ({"kind": "faithful", "huber_width": 0.02}, "faithful"),
+        ({"kind": "posthoc", "huber_width": 0.02}, "posthoc"),
     ],
     ids=str,
 )
@@ -35,8 +40,8 @@ def test_kind_is_the_one_asked_for(settings, kind):
 def test_unknown_kind_names_the_known_ones_and_the_closest():
     with pytest.raises(InputError) as error:
         find_kind(LearnConfig(kind="probabilistc"))
-    expected = "kind is 'probabilistc'; expected one of deterministic, probabilistic (did you mean 'probabilistic'?)"
-    assert str(error.value) == expected
+    known = "deterministic, probabilistic, faithful, posthoc"
+    assert str(error.value) == f"kind is 'probabilistc'; expected one of {known} (did you mean 'probabilistic'?)"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,8 @@ def test_unknown_kind_names_the_known_ones_and_the_closest():
         ({"beta_nll": 0.5}, "beta_nll is 0.5; expected 0 for a deterministic ensemble"),
         ({"beta_nll": 0.5, "beta_nll_decay": 1.0}, "beta_nll is 0.5; expected 0 for a deterministic ensemble"),
         ({"kind": "deterministic", "beta_nll": 1.0}, "beta_nll is 1.0; expected 0 for a deterministic ensemble"),
+        ({"kind": "faithful", "beta_nll": 1.0}, "beta_nll is 1.0; expected 0 for a faithful ensemble"),
+        ({"probabilistic": True, "huber_width": 0.1}, "huber_width is 0.1; expected null for a probabilistic ensemble"),
     ],
     ids=str,
 )
@@ -55,13 +62,28 @@ def test_setting_of_another_kinds_loss_is_refused(settings, message, linear_syst
         build_ensemble(LearnConfig(**settings), linear_system(10))
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("posthoc", 5), ("posthoc", 5000), ("faithful", 0), ("deterministic", 0)])
+def test_held_out_rows_are_needed_by_kinds_that_learn_from_them_alone(kind, rows):
+    check_holdout(dynamics_model.member_class(kind).ensemble_class, rows)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_kind_that_learns_from_held_out_rows_is_refused_without(rows):
+    message = (
+        f"a posthoc ensemble learns its variance from held-out rows, of which there are {rows}; expected at least 5, "
+        "such as by --holdout_ratio 0.2"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        check_holdout(PosthocEnsemble, rows)
+
+
 def test_settings_of_a_loss_are_the_fields_of_the_same_names(member_class):
-    config = LearnConfig(probabilistic=True, beta_nll=0.5, beta_nll_decay=0.75)
+    config = LearnConfig(probabilistic=True, beta_nll=0.5, beta_nll_decay=0.75, huber_width=0.1)
 
     found = loss_settings(member_class.ensemble_class, config)
 
-    own = {"deterministic": {}, "probabilistic": {"beta_nll": 0.5, "beta_nll_decay": 0.75}}
-    assert found == own[member_class.ensemble_class.kind]
+    own = {"probabilistic": {"beta_nll": 0.5, "beta_nll_decay": 0.75}}
+    assert found == own.get(member_class.ensemble_class.kind, {"huber_width": 0.1})
 
 
 def test_setting_that_no_field_has_is_a_mistake_of_ours():
