@@ -54,6 +54,7 @@ def evaluate(
     *,
     elites: Sequence[int] | None = None,
     ood_rows: Mapping[str, Rows] | None = None,
+    probes: Mapping[str, Rows] | None = None,
     horizons: Sequence[int],
     max_starts: int,
     seed: int = 0,
@@ -68,6 +69,7 @@ def evaluate(
             evaluated rows, across folds of trajectories.
         elites: Members whose mean is scored beside that of all members, if they are only some of them.
         ood_rows: Rows of other datasets by name, which uncertainty should tell from the evaluated ones.
+        probes: Rows by name whose errors uncertainty should order, too, such as those of ``oracle.make_probes``.
         horizons: Steps at which single start points and dimensions are reported; rollouts go as far as the largest.
         max_starts: Start points of rollouts at most, evenly spread over the rows.
         seed: Seed of folds, start points and sampling.
@@ -87,6 +89,10 @@ def evaluate(
     calibrated = Calibrated.of(one_step, variances, fold)
     scores = score_distributions(ensemble, one_step, variances, calibrated)
     uncertainties = measure_uncertainty(ensemble, one_step)
+    probed = {
+        name: measure_uncertainty(ensemble, predict_one_step(ensemble, probe.states, probe.actions, probe.next_states))
+        for name, probe in (probes or {}).items()
+    }
     linear = predict_linearly(rows, scale, fold, training)
     tables = {
         "one_step": one_step_table(one_step, linear, elites, scale),
@@ -96,7 +102,7 @@ def evaluate(
         "reliability": reliability_table(calibrated),
         "pit": pit_table(calibrated),
         "parts": parts_table(one_step, variances, scale),
-        "uncertainty": uncertainty_table(uncertainties),
+        "uncertainty": uncertainty_table({"test": uncertainties, **probed}),
         "risk_coverage": risk_coverage_table(uncertainties),
         "trajectories": trajectory_table(rows, one_step, scores),
         "bounds": bounds_table(ensemble, one_step, scale),
@@ -140,7 +146,7 @@ def summarise(tables: Tables, horizons: Sequence[int]) -> dict[str, float]:
     for name, labels, chosen, left_out in (
         ("likelihood", "prediction", "dimension == 'all'", ["dimension", "nll_raw", "crps_raw"]),
         ("calibration", "variant", "dimension == 'all'", ["dimension", "scale"]),
-        ("uncertainty", "measure", "units == 'normalised'", ["units", "pearson"]),
+        ("uncertainty", "measure", "rows == 'test' and units == 'normalised'", ["rows", "units", "pearson"]),
     ):
         for label, row in tables[name].query(chosen).drop(columns=left_out).set_index(labels).iterrows():
             summary |= {f"{column}_{label}": value for column, value in row.items()}

@@ -205,7 +205,7 @@ def draw_coverage(table: pd.DataFrame) -> Figure:
 def draw_usefulness(table: pd.DataFrame) -> Figure:
     """Three scores of every measure of disagreement, side by side."""
     figure, axes = _panel("Which measure finds the errors?", "score (1 is best)", "")
-    table = table[table.units == "normalised"]
+    table = table[(table.rows == "test") & (table.units == "normalised")]
     scores = {
         "spearman": "rank correlation",
         "auroc_worst": "AUROC of the worst 10 %",

@@ -9,8 +9,9 @@ Letters in shapes and units as in ``predictions.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +23,12 @@ from evaluation.predictions import Rows, Scale, predict_one_step
 from evaluation.tables import Tables, oracle_noise_table, oracle_table
 from utils import InputError
 
+if TYPE_CHECKING:
+    from data.behaviour import Policy
+
 ROWS = 512
+PROBE_ROWS = 1000  # of each kind of actions
+POLICY_ROWS = 2000  # of all other policies together
 DRAWS = 64  # next states drawn for each row, where the data is noisy
 TOLERANCE = 0.01  # root mean square difference allowed between simulator and record, in typical one-step changes
 PERTURBATION = 0.3  # standard deviation of perturbed actions, in half widths of the action space
@@ -55,7 +61,7 @@ class Simulator:
         if not hasattr(env.unwrapped, "set_state"):
             raise InputError(f"--oracle needs a MuJoCo environment, {env_name!r} is none; leave it out")
         env.reset(seed=0)
-        self._env = env.unwrapped  # without the time limit
+        self._env, self._time_limit = env.unwrapped, env.spec.max_episode_steps  # the bare environment has no limit
         self.low, self.high = env.action_space.low, env.action_space.high
         self.sizes = (self._env.model.nq, self._env.model.nv, *env.action_space.shape, *env.observation_space.shape)
 
@@ -66,6 +72,29 @@ class Simulator:
             self._env.set_state(qpos.astype(np.float64), qvel.astype(np.float64))
             following.append(self._env.step(action)[0])
         return np.array(following)
+
+    def run(self, policy: Policy, rows: int, process_noise: float, seed: int) -> Rows:
+        """Runs a policy for so many steps, in episodes that end where the environment's task or time limit says so.
+
+        Args:
+            policy: Takes an observation and a random generator, and returns an action.
+            rows: How many steps.
+            process_noise: Standard deviation of the noise on executed actions.
+            seed: Seed of initial states, of the policy's own draws and of the noise.
+        """
+        random = np.random.default_rng(seed)
+        made, episode, step, done = [], -1, 0, True
+        for _ in range(rows):
+            if done:
+                observation = self._env.reset(seed=None if made else seed)[0]
+                episode, step = episode + 1, 0
+            action = np.asarray(policy(observation, random), dtype=np.float32)
+            following, _, terminated, *_ = self._env.step(self.add_noise(action, process_noise, random))
+            made.append((observation, action, following, episode, step))
+            observation, step = following, step + 1
+            done = terminated or step == self._time_limit
+        *moved, episodes, steps = map(np.array, zip(*made, strict=True))
+        return Rows(*(part.astype(np.float32) for part in moved), episodes, steps, _steps_left(episodes))
 
     def add_noise(self, actions: np.ndarray, deviation: float, random: np.random.Generator) -> np.ndarray:
         """Returns the actions that are executed for intended ones: with noise added as ``collect_dataset.py`` does."""
@@ -89,8 +118,8 @@ class RecordedStates:
         return tuple(part.shape[1] for part in (self.qpos, self.qvel, self.actions, self.states))
 
     @classmethod
-    def spread_over(cls, dataset: Dataset, indices: np.ndarray) -> RecordedStates:
-        """Takes rows, evenly spread, from some trajectories.
+    def spread_over(cls, dataset: Dataset, indices: np.ndarray, wanted: int) -> RecordedStates:
+        """Takes so many rows at most, evenly spread, from some trajectories.
 
         Raises:
             InputError: If the dataset has no simulator states.
@@ -102,7 +131,7 @@ class RecordedStates:
                 "data with collect_dataset.py, or leave it out"
             )
         count = sum(trajectory.num_transitions for trajectory in chosen)
-        at = np.linspace(0, count - 1, min(ROWS, count)).astype(np.int64)
+        at = np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)
 
         def rows(values: Callable[[Trajectory], np.ndarray]) -> np.ndarray:
             return np.concatenate([values(trajectory)[: trajectory.num_transitions] for trajectory in chosen])[at]
@@ -141,7 +170,7 @@ def prepare_oracle(dataset: Dataset, indices: np.ndarray, scale: Scale, process_
     """
     if dataset.env_name is None:
         raise InputError(f"--oracle needs to know the environment, which {dataset.name} does not name; leave it out")
-    recorded = RecordedStates.spread_over(dataset, indices)
+    recorded = RecordedStates.spread_over(dataset, indices, ROWS)
     simulator = Simulator(dataset.env_name)
     drawn = None
     if simulator.sizes != recorded.sizes:
@@ -221,3 +250,77 @@ def off_data_actions(recorded: np.ndarray, simulator: Simulator, random: np.rand
         "random": random.uniform(low, high, recorded.shape),
     }
     return {kind: actions.astype(np.float32) for kind, actions in kinds.items()}
+
+
+# --- Probes: rows that the dataset does not hold ---
+
+
+def make_probes(
+    dataset: Dataset,
+    indices: np.ndarray,
+    seed: int,
+    *,
+    policies: Sequence[Policy] = (),
+    process_noise: float = 0.0,
+) -> dict[str, Rows]:
+    """Makes rows from the dataset's simulator, whose errors a model's uncertainty should order.
+
+    They are the same for every model. Where the dataset's states are the first entries of the simulator's observations,
+    as in data without velocities, the rows' states are, too.
+
+    Args:
+        dataset: The dataset, with simulator states.
+        indices: Trajectories of it from whose states actions are taken.
+        seed: Seed of actions, initial states and noise.
+        policies: Policies other than the dataset's. They see the simulator's observations.
+        process_noise: Standard deviation of the noise on executed actions that the data was collected with.
+
+    Returns:
+        ``random_actions`` and ``perturbed_actions``, as in ``off_data_actions``, from recorded states; with policies
+        ``other_policies``, rows of each in equal numbers.
+
+    Raises:
+        InputError: If there is no such simulator here, or the dataset does not name it or has no states of it.
+    """
+    if dataset.env_name is None:
+        raise InputError(f"probes need to know the environment, which {dataset.name} does not name")
+    recorded = RecordedStates.spread_over(dataset, indices, PROBE_ROWS)
+    simulator, random = Simulator(dataset.env_name), np.random.default_rng(seed)
+    *given, shown = recorded.sizes
+    *expected, state_dim = simulator.sizes
+    if given != expected or shown > state_dim:
+        raise InputError(
+            f"sizes of (qpos, qvel, action, state) in {dataset.name} are {recorded.sizes}, but those of "
+            f"{dataset.env_name} are {simulator.sizes}"
+        )
+    actions = off_data_actions(recorded.actions, simulator, random)
+    probes = {}
+    for kind in ("random", "perturbed"):
+        executed = simulator.add_noise(actions[kind], process_noise, random)
+        following = simulator.step(recorded, executed)[:, :shown].astype(np.float32)
+        each = np.arange(len(following))  # rows that do not follow one another
+        probes[f"{kind}_actions"] = Rows(recorded.states, actions[kind], following, each, 0 * each, 0 * each + 1)
+    if policies:
+        runs = [
+            simulator.run(policy, POLICY_ROWS // len(policies), process_noise, seed + index)
+            for index, policy in enumerate(policies)
+        ]
+        probes["other_policies"] = _joined(runs, shown)
+    return probes
+
+
+def _joined(runs: Sequence[Rows], state_dim: int) -> Rows:
+    """Puts rows one after the other, episodes counted on, with the first dimensions of their states."""
+    first = np.cumsum([0, *(run.trajectory[-1] + 1 for run in runs)])
+    episodes = np.concatenate([run.trajectory + offset for run, offset in zip(runs, first, strict=False)])
+    states, actions, next_states, steps, steps_left = (
+        np.concatenate([getattr(run, name) for run in runs])
+        for name in ("states", "actions", "next_states", "step", "steps_left")
+    )
+    return Rows(states[:, :state_dim], actions, next_states[:, :state_dim], episodes, steps, steps_left)
+
+
+def _steps_left(episodes: np.ndarray) -> np.ndarray:
+    """Rows from each to the end of its episode, its own included, of episodes that are numbered from 0."""
+    lengths = np.bincount(episodes)
+    return np.concatenate([np.arange(length, 0, -1) for length in lengths])

@@ -345,11 +345,20 @@ def validation_skill(
 
     Returns:
         - horizon: steps from the start;
+        - starts: start points whose trajectory lasts so long;
         - skill: against ``mean_state``, as in ``rollout_tables.rollout_table``.
     """
     rows = gather_rows(dataset, indices)
     starts = choose_starts(rows, max_starts, seed)
     (forecast,) = roll_out(ensemble, rows, starts, max(horizons), "mean", StateRange.of(dataset), seed)
     by_step = skill(forecast, forecast_baselines(ensemble, rows, starts, max(horizons))["mean_state"])
-    reached = [horizon for horizon in horizons if horizon <= len(by_step)]
-    return pd.DataFrame({"horizon": reached, "skill": [by_step[horizon - 1] for horizon in reached]})
+    reached = np.array([horizon for horizon in horizons if horizon <= len(forecast.error)], dtype=int)
+    return pd.DataFrame(
+        {
+            "horizon": reached,
+            "starts": np.count_nonzero(~np.isnan(forecast.distance), axis=1)[reached - 1],
+            "skill": skill(forecast, forecast_baselines(ensemble, rows, starts, max(horizons))["mean_state"])[
+                reached - 1
+            ],
+        }
+    )

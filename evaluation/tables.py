@@ -266,10 +266,14 @@ def parts_table(one_step: OneStep, variances: np.ndarray, scale: Scale) -> pd.Da
     return pd.DataFrame({"dimension": _dimensions(scale), **columns})
 
 
-def uncertainty_table(uncertainties: Sequence[Uncertainty]) -> pd.DataFrame:
+def uncertainty_table(uncertainties: Mapping[str, Sequence[Uncertainty]]) -> pd.DataFrame:
     """How well each measure of disagreement orders rows by their true error.
 
+    Args:
+        uncertainties: Of the evaluated rows, named ``test``, and of probes.
+
     Returns:
+        - rows: ``test`` or the probe's name;
         - measure: as in ``DynamicsEnsemble.disagreement``;
         - units: ``normalised`` or ``raw``;
         - spearman, pearson: rank and linear correlation of measure and error;
@@ -279,6 +283,7 @@ def uncertainty_table(uncertainties: Sequence[Uncertainty]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
+                "rows": rows,
                 "measure": measure,
                 "units": uncertainty.units,
                 "spearman": metrics.spearman(values, uncertainty.error),
@@ -286,7 +291,8 @@ def uncertainty_table(uncertainties: Sequence[Uncertainty]) -> pd.DataFrame:
                 "auroc_worst": metrics.auroc_of_worst(values, uncertainty.error),
                 "risk_reduction": metrics.risk_reduction(values, uncertainty.error),
             }
-            for uncertainty in uncertainties
+            for rows, of_rows in uncertainties.items()
+            for uncertainty in of_rows
             for measure, values in uncertainty.measures.items()
         ]
     )

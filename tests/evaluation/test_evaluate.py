@@ -143,7 +143,9 @@ def test_the_same_seed_gives_the_same_tables(random_member, member_class):
 def test_summary_holds_the_numbers_of_the_tables(knowing_ensemble, noisy_dataset, overall):
     data = noisy_dataset()
     rows = gather_rows(data, everything(data))
-    tables = evaluate(knowing_ensemble(), data, everything(data), ood_rows={"same": rows}, **OPTIONS)
+    others = {"ood_rows": {"same": rows}, "probes": {"again": rows}}
+    tables = evaluate(knowing_ensemble(), data, everything(data), **others, **OPTIONS)
+    assert tables["uncertainty"].rows.tolist() == ["test"] * 8 + ["again"] * 8
     summary = summarise(tables, [1, 3])
     assert summary["nrmse"] == overall(tables["one_step"], predictor="ensemble")["rmse"]
     assert summary["median_error"] == overall(tables["one_step"], predictor="ensemble")["median"]

@@ -11,7 +11,7 @@ from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, DynamicsEnsemble
 from evaluation import oracle
 from evaluation.calibration import residual_variances
-from evaluation.oracle import RecordedStates, Simulator, evaluate_oracle, off_data_actions, prepare_oracle
+from evaluation.oracle import RecordedStates, Simulator, evaluate_oracle, make_probes, off_data_actions, prepare_oracle
 from evaluation.predictions import Scale
 from probabilistic_model import ProbabilisticModel
 from utils import InputError
@@ -38,6 +38,8 @@ def noisy_hopper():
 @pytest.fixture
 def few(monkeypatch):
     """Few rows and draws, which is faster."""
+    monkeypatch.setattr(oracle, "PROBE_ROWS", 40)
+    monkeypatch.setattr(oracle, "POLICY_ROWS", 60)
     monkeypatch.setattr(oracle, "ROWS", 60)
     monkeypatch.setattr(oracle, "DRAWS", 30)
 
@@ -81,7 +83,7 @@ def test_the_simulator_reproduces_the_record(hopper, few):
 def test_rows_fit_together_with_and_without_next_observations(hopper, few):
     paired = altered(hopper, next_observations=lambda _: None)
     for data in (hopper, paired):
-        rows = RecordedStates.spread_over(data, EVERY)
+        rows = RecordedStates.spread_over(data, EVERY, 60)
         np.testing.assert_array_equal(rows.states[:, :5], rows.qpos[:, 1:].astype(np.float32))  # Hopper hides x
         difference = rows.next_states - rows.states
         assert 0 < np.abs(difference).max() < 15
@@ -112,7 +114,7 @@ def test_what_has_no_simulator_is_refused(hopper, few, changes, message):
 
 def test_a_dataset_without_simulator_states_is_refused(hopper):
     with pytest.raises(InputError, match="infos/qpos"):
-        RecordedStates.spread_over(altered(hopper, qpos=lambda _: None), EVERY)
+        RecordedStates.spread_over(altered(hopper, qpos=lambda _: None), EVERY, 60)
 
 
 def test_noisy_records_are_checked_against_noisy_steps(noisy_hopper, few):
@@ -168,3 +170,75 @@ def test_members_that_predict_points_answer_with_their_residuals(noisy_hopper, f
     np.testing.assert_allclose(tables["oracle_noise"].predicted, np.sqrt(residuals))
     np.testing.assert_allclose(tables["oracle"].predicted_std, np.sqrt(residuals.mean()))
     assert "mean_max_aleatoric" not in tables["oracle"]  # points have no such measure
+
+
+# --- Probes ---
+
+
+def fall(observation, random):
+    """A policy after which Hopper soon falls."""
+    return np.array([1.0, -1.0, 0.5])
+
+
+def stand(observation, random):
+    """A policy that draws its actions."""
+    return 0.01 * random.normal(size=3)
+
+
+def test_probes_start_from_recorded_states_and_end_where_the_simulator_does(hopper, few):
+    probes = make_probes(hopper, EVERY, seed=0)
+    assert list(probes) == ["random_actions", "perturbed_actions"]
+    recorded = RecordedStates.spread_over(hopper, EVERY, 40)
+    simulator = Simulator("Hopper-v5")
+    for rows in probes.values():
+        assert (len(rows), set(rows.steps_left), len(set(rows.trajectory))) == (40, {1}, 40)
+        np.testing.assert_array_equal(rows.states, recorded.states)
+        np.testing.assert_allclose(rows.next_states, simulator.step(recorded, rows.actions), atol=1e-5)
+    off = [np.abs(rows.actions - recorded.actions).mean() for rows in probes.values()]
+    assert off[0] > off[1] > 0.1
+
+
+def test_other_policies_are_run_in_the_simulator(hopper, few):
+    rows = make_probes(hopper, EVERY, seed=0, policies=[fall, stand])["other_policies"]
+    assert len(rows) == 60
+    np.testing.assert_array_equal(rows.actions[:30], np.tile(np.float32([1.0, -1.0, 0.5]), (30, 1)))
+    assert rows.actions[30:].std() == pytest.approx(0.01, rel=0.3)
+    follows = rows.steps_left[:-1] > 1
+    np.testing.assert_array_equal(rows.next_states[:-1][follows], rows.states[1:][follows])
+    np.testing.assert_array_equal(rows.step[1:][~follows], 0)
+    np.testing.assert_array_equal(np.diff(rows.trajectory) == 1, ~follows)
+    again = make_probes(hopper, EVERY, seed=0, policies=[fall, stand])["other_policies"]
+    np.testing.assert_array_equal(rows.next_states, again.next_states)
+    assert rows.trajectory[29] >= 1  # it has fallen, and started anew
+
+
+def test_probes_of_noisy_data_are_noisy(hopper, few):
+    still, noisy = (make_probes(hopper, EVERY, 0, policies=[fall], process_noise=noise) for noise in (0.0, 0.2))
+    np.testing.assert_array_equal(still["other_policies"].actions, noisy["other_policies"].actions)
+    assert np.abs(still["other_policies"].next_states[0] - noisy["other_policies"].next_states[0]).max() > 1e-3
+    np.testing.assert_array_equal(still["random_actions"].actions, noisy["random_actions"].actions)
+    assert np.abs(still["random_actions"].next_states - noisy["random_actions"].next_states).max() > 1e-2
+
+
+def test_probes_of_data_without_velocities_have_none(hopper, few):
+    def positions(states):
+        return states[:, :5]
+
+    hidden = altered(hopper, observations=positions, next_observations=positions)
+    probes = make_probes(hidden, EVERY, seed=0, policies=[fall])
+    whole = make_probes(hopper, EVERY, seed=0, policies=[fall])
+    for name, rows in probes.items():
+        np.testing.assert_array_equal(rows.states, whole[name].states[:, :5])
+        np.testing.assert_array_equal(rows.next_states, whole[name].next_states[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env_name": None}, "does not name"),
+        ({"env_name": "HalfCheetah-v5"}, r"those of HalfCheetah-v5 are \(9, 9, 6, 17\)"),
+    ],
+)
+def test_probes_without_their_simulator_are_refused(hopper, few, changes, message):
+    with pytest.raises(InputError, match=message):
+        make_probes(dataclasses.replace(hopper, **changes), EVERY, seed=0)

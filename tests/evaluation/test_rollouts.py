@@ -293,6 +293,7 @@ def test_validation_skill_is_that_of_the_mean_propagation(constant_ensemble, wal
     ensemble, data = constant_ensemble(DeterministicModel, [1.5, 1.5]), walks(12, 12, 12)
     found = validation_skill(ensemble, data, np.array([0, 2]), [1, 4, 100], seed=3)  # 24 rows: all are start points
     assert found.horizon.tolist() == [1, 4]
+    assert found.starts.tolist() == [24, 18]
     # The forecast is off by 0.5 a step; the mean training state of this ensemble is 0, so that baseline is off by where
     # the walk is: from 1 to 12 after a step, from 4 to 12 after four.
     np.testing.assert_allclose(found.skill, [1 - 0.5 / 6, 1 - 2.0 / 8])

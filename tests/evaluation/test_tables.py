@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -137,10 +139,14 @@ def uncertainties_of(ensemble, rows):
 
 def test_every_measure_is_scored_in_both_units(uncertain_ensemble):
     found = uncertainties_of(uncertain_ensemble, drawn_rows(1))
-    table = tables.uncertainty_table(found)
-    assert table.units.tolist() == ["normalised"] * 4 + ["raw"] * 4
-    for units, of in zip(("normalised", "raw"), found, strict=True):
-        row = table.set_index(["measure", "units"]).loc[("total_std", units)]
+    other = uncertainties_of(uncertain_ensemble, drawn_rows(5))
+    table = tables.uncertainty_table({"test": found, "other": other})
+    assert table.units.tolist() == (["normalised"] * 4 + ["raw"] * 4) * 2
+    assert table.rows.tolist() == ["test"] * 8 + ["other"] * 8
+    for (rows, units), of in zip(
+        itertools.product(("test", "other"), ("normalised", "raw")), found + other, strict=True
+    ):
+        row = table.set_index(["rows", "measure", "units"]).loc[(rows, "total_std", units)]
         values = of.measures["total_std"]
         assert row.spearman == metrics.spearman(values, of.error)
         assert row.auroc_worst == metrics.auroc_of_worst(values, of.error)
