@@ -156,7 +156,7 @@ class StackedMLP(nn.Module):
     def features(self, inputs: Tensor) -> Tensor:
         """Units of the last hidden layer, ``(ensemble, batch, hidden_size[-1])``; the inputs where there is none."""
         hidden = inputs
-        for layer, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1], strict=True)):
+        for layer, (weight, bias) in enumerate(list(zip(self.weights, self.biases, strict=True))[:-1]):
             hidden = self.linear(hidden, weight, bias)  # (ensemble, batch, out)
             if self.layer_norm:
                 hidden = functional.layer_norm(hidden, hidden.shape[-1:])
