@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check study results clean
+.PHONY: run test lint check study results collected clean
 .PHONY: bench bench-steps bench-steps-all bench-prediction bench-env bench-planning bench-around bench-quality bench-recipes bench-headline
 
 run: $(VENV)/.installed
@@ -79,6 +79,22 @@ results: $(VENV)/.installed
 
 reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
+
+# Datasets that do not come with the repository: what confirms the study, with other seeds and policies than the bundled
+# ones, and what is large. The same packages make the same bytes, on any processor with AVX2.
+COLLECTED := hopper-medium-b hopper-random-b hopper-medium-noisy-b hopper-replay-b hopper-hidden-b
+collected: $(COLLECTED:%=data/collected/%.hdf5)
+
+MEDIUM_HOPPER := --env Hopper-v5 --policy data/policies/hopper/0105000.npz
+data/collected/hopper-medium-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 2
+data/collected/hopper-random-b.hdf5: COLLECT = --env Hopper-v5 --policy random --seed 2
+data/collected/hopper-medium-noisy-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 3 --process_noise 0.2
+data/collected/hopper-replay-b.hdf5: COLLECT = --env Hopper-v5 --seed 2 \
+	--policy $(patsubst %,data/policies/hopper/0%000.npz,010 045 070 090 100 110)
+data/collected/hopper-hidden-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 4 --hide_velocities
+
+data/collected/%.hdf5: | $(VENV)/.installed-dev
+	$(BIN)/python collect_dataset.py $(COLLECT) --steps 50000 --output $@
 
 clean:
 	rm -rf $(VENV)
