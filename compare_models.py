@@ -9,8 +9,8 @@ it more than once, also on other machines that share the folder, and the process
 
 Comparisons are paired: every arm and seed has the same trajectories for training, validation and test (60/20/20), and
 arms with the same seed have the same initial weights, bootstrap draws and minibatch orders, as far as their networks
-have equal shapes. Each arm's learning rate is chosen beforehand among the same candidates, by validation error, with a
-seed outside the study.
+have equal shapes. Beforehand, with a seed outside the study, each arm chooses its learning rate on each dataset among
+the same candidates, and each dataset gets the horizon of its rollouts, both on validation trajectories.
 
 On a Ray cluster (``pip install -r requirements-ray.txt``) cells run side by side, with the same results if processors
 are of one kind. In a SLURM allocation, whose nodes share nothing but this script::
@@ -39,13 +39,12 @@ from cli import CommandLine, check_output_folder, choose_device, exit_on_input_e
 from utils import InputError
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
-    import pandas as pd
-
     from study.cells import Cell
     from study.engines import Engine, Finished
     from study.grid import Arms, Grid
+    from study.tuning import Tuning
 
-LEARNING_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)  # around the defaults of both kinds, 4e-3 and 5e-3
+LEARNING_RATES = (2e-3, 5e-3, 1.2e-2)  # where the best one is at an edge, trials go on beyond it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,23 +52,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     from study.engines import run_missing
-    from study.grid import Grid, check_done, choose_rates, load_arms, load_datasets
+    from study.grid import Grid, check_done, load_arms, load_datasets
     from study.report import save_table, write_study
     from study.store import CellStore
-    from study.tracker import open_study
+    from study.tracker import check_study, open_study
+    from study.tuning import Tuning, further_trials
 
     with exit_on_input_error():
         check_arguments(args)
         arms = load_arms(args.configs, args.params)
         is_ours = (args.output / "study.json").exists()
         check_output_folder(args.output, is_ours, expected="a study")
-        rates = known_rates(args, arms)
+        check_study(args.output)
+        tuning = known_tuning(args, arms)
         device = args.device if args.engine == "ray" else choose_device(args.device)
-        grid = Grid(arms, args.datasets, args.seeds, args.split_seed, device, args.threads)
-        datasets = load_datasets(args.datasets, args.split_seed, args.quiet)
+        grid = Grid(arms, args.datasets, args.seeds, args.split_seeds, device, args.threads, args.simulator)
+        datasets = load_datasets(args.datasets, args.split_seeds, args.simulator, args.quiet)
         store = CellStore(args.output)
-        trials = grid.trials(args.learning_rates) if rates is None else []
-        check_done(trials if rates is None else grid.cells(rates), datasets, store)
+        trials = grid.trials(args.learning_rates) if tuning is None else []
+        check_done(trials if tuning is None else grid.cells(tuning.chosen), datasets, store)
         engine = choose_engine(args)
 
     if not args.quiet:
@@ -85,14 +86,19 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         run(trials)
-        rates = choose_rates(trials, store) if rates is None else rates
+        while further := further_trials(trials, store, grid, len(args.learning_rates)):
+            progress.extend(further)
+            run(further)
+            trials += further
+        tuning = tuning or Tuning.of(trials, store)
         with exit_on_input_error():
-            cells = grid.cells(rates)
+            cells = grid.cells(tuning.chosen)
             check_done(cells, datasets, store)
-        save_table(rates, args.output / "learning_rates.csv")
+        save_table(tuning.rates, args.output / "learning_rates.csv")
+        save_table(tuning.horizons, args.output / "horizons.csv")
         run(cells)
         results = {cell.key: store.read(cell.name) for cell in cells if cell.name in store}
-        files = write_study(args.output, results, rates, grid, datasets, command_line())
+        files = write_study(args.output, results, tuning, grid, datasets, command_line())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -126,7 +132,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="YAML",
         help="the arms, at least two, named by their files; the first ones are the references of the later ones",
     )
-    parser.add_argument("--datasets", nargs="+", required=True, metavar="NAME", help="named as for learn_model.py")
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        required=True,
+        metavar="NAME[:ROWS]",
+        help="named as for learn_model.py; :ROWS trains on so many rows only, and validates and tests as without",
+    )
     parser.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="train with the seeds 0 to N - 1 (default: 5)"
     )
@@ -147,7 +159,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=list(LEARNING_RATES),
         metavar="RATE",
-        help="candidates, among which each arm gets the one with the lowest validation error over all datasets "
+        help="candidates, among which each arm gets on each dataset the one at which its median member has the lowest "
+        "validation error; where that is the lowest or highest one, up to two more are tried beyond it "
         f"(default: {' '.join(f'{rate:g}' for rate in LEARNING_RATES)}); one is given to all arms, and with none every "
         "arm keeps its own fit_lr",
     )
@@ -155,10 +168,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--learning_rates_of",
         type=Path,
         metavar="FOLDER",
-        help="take the rates that an earlier study has chosen for arms of these names",
+        help="take the rates and horizons that an earlier study has chosen for arms and datasets of these names",
     )
     parser.add_argument(
-        "--split_seed", type=int, default=0, help="seed of the split into trajectories, for every cell (default: 0)"
+        "--split_seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="SEED",
+        help="seeds of splits into trajectories; every seed trains on every split (default: 0, one split)",
+    )
+    parser.add_argument(
+        "--simulator",
+        action="store_true",
+        help="test in the simulators of the datasets' environments, too: uncertainty about states and actions that the "
+        "data does not hold, and the values of policies, which takes some two minutes a training",
     )
     parser.add_argument(
         "--engine",
@@ -193,12 +217,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: If something cannot be used.
     """
+    from study.cells import short_name
     from study.grid import TRIAL_SEED
 
     for flag, value, lowest, highest in (
         ("--seeds", args.seeds, 1, TRIAL_SEED),
         ("--threads", args.threads, 1, 1024),
-        ("--split_seed", args.split_seed, 0, 2**32 - 1),
+        *(("--split_seeds", seed, 0, 2**32 - 1) for seed in args.split_seeds),
     ):
         if not lowest <= value <= highest:
             raise InputError(f"{flag} is {value}; expected a whole number from {lowest} to {highest}")
@@ -208,7 +233,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--ray_address is given without --engine ray; add it")
     for flag, names in (
         ("--configs", [path.stem for path in args.configs]),
-        ("--datasets", [Path(name).stem for name in args.datasets]),
+        ("--datasets", [short_name(name) for name in args.datasets]),
+        ("--split_seeds", args.split_seeds),
         ("--learning_rates", args.learning_rates),
     ):
         if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -217,20 +243,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--configs names one arm, {str(args.configs[0])!r}; expected at least two to compare")
 
 
-def known_rates(args: argparse.Namespace, arms: Arms) -> pd.DataFrame | None:
-    """Returns the learning rates that need no choice; None where trials must choose.
+def known_tuning(args: argparse.Namespace, arms: Arms) -> Tuning | None:
+    """Returns the learning rates and horizons that an earlier study has chosen; None where trials must choose.
 
     Raises:
         InputError: If an earlier study is to be followed that does not have them.
     """
-    from study.grid import earlier_rates, given_rates
+    from study.tuning import Tuning
 
     earlier = args.learning_rates_of or (args.output if args.analyse_only else None)
-    if earlier is not None:
-        return earlier_rates(earlier, arms)
-    if len(args.learning_rates) > 1:
-        return None
-    return given_rates(arms, args.learning_rates[0] if args.learning_rates else None)
+    return None if earlier is None else Tuning.read(earlier, arms, args.datasets)
 
 
 def choose_engine(args: argparse.Namespace) -> Engine:
@@ -262,9 +284,9 @@ def plan_text(grid: Grid, trials: int) -> str:
         for key, by_arm in grid.differences().items()
     ]
     lines += [
-        f"{len(grid)} cells ({len(grid.arms)} arms x {len(grid.datasets)} datasets x {grid.seeds} seeds) and {trials} "
-        "trials that choose learning rates; what is finished is not run again, and the first ones tell how long the "
-        "rest takes"
+        f"{len(grid)} cells ({len(grid.arms)} arms x {len(grid.datasets)} datasets x {len(grid.split_seeds)} splits x "
+        f"{grid.seeds} seeds) and {trials} trials that choose learning rates and horizons; what is finished is not run "
+        "again, and the first ones tell how long the rest takes"
     ]
     return "\n".join(lines)
 
@@ -285,6 +307,15 @@ class Progress:
             total=total, unit="cell", desc="study", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()
         )
 
+    def extend(self, trials: list[Cell]) -> None:
+        """Says which trials have come to be needed beyond the edges of the candidates, and adds them to the total."""
+        self._left += len(trials)
+        self._bar.total += len(trials)
+        for trial in () if self._is_quiet else trials:
+            self._bar.write(
+                f"{trial.arm} on {trial.dataset} is best at an edge: trying {trial.config.fit_lr:g}", sys.stderr
+            )
+
     def count(self, finished: Finished) -> None:
         """Counts a cell; if it has run just now, shows its result and how long the rest may take."""
         self._left -= 1
@@ -299,11 +330,13 @@ class Progress:
         if outcome.failure is not None:
             found = f"FAILED: {outcome.failure}"
         elif cell.is_trial:
-            found = f"validation MSE {outcome.val_mse:.4g}"
+            found = f"validation MSE of the median member {outcome.val_mse:.4g}"
         else:
             found = f"test nRMSE {outcome.metrics['nrmse']:.4g}"
         left = self._bar.format_interval(self._left * (time.monotonic() - self._start) / self._finished)
-        self._bar.write(f"{cell.name}: {found} in {outcome.seconds:.0f} s; {self._left} to go, {left}", sys.stderr)
+        self._bar.write(
+            f"{cell.name}: {found} in {finished.result.record.seconds:.0f} s; {self._left} to go, {left}", sys.stderr
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from study.paired_statistics import (
     resample_counts,
     seed_interval,
 )
+from study.policy_analysis import paired_propagations, paired_values, predictors_of_values, values_of_arms
 from study.stability import member_logs, spread_ratio, stability_table
 
 POOLED = "all datasets"
@@ -100,7 +101,8 @@ def analyse(results: Results, horizons: Mapping[str, int]) -> Tables:
         horizons: The horizon of rollouts by dataset, which was chosen on validation trajectories.
 
     Returns:
-        ``cells``, ``values``, ``paired``, ``stability``, ``uncertainty``, ``horizon``, ``reliability``, ``timings``.
+        ``cells``, ``values``, ``paired``, ``stability``, ``uncertainty``, ``horizon``, ``reliability``, ``timings``,
+        and those of ``policy_tables``.
     """
     arms = list(dict.fromkeys(key.arm for key in results))
     datasets = list(dict.fromkeys(key.dataset for key in results))
@@ -114,8 +116,9 @@ def analyse(results: Results, horizons: Mapping[str, int]) -> Tables:
         for key, result in results.items()
         if result.failure is None
     }
+    cells = cells_table(results, runs, metrics)
     return {
-        "cells": cells_table(results, runs, metrics),
+        "cells": cells,
         "values": values_table(results, runs),
         "paired": paired_table(results, runs, arms, datasets, horizons),
         "stability": stability_table(results, errors),
@@ -123,6 +126,7 @@ def analyse(results: Results, horizons: Mapping[str, int]) -> Tables:
         "horizon": horizon_table(results),
         "reliability": reliability_table(results),
         "timings": timings_table(results),
+        **policy_tables(results, cells, metrics),
     }
 
 
@@ -185,8 +189,8 @@ def cells_table(results: Results, runs: AllRuns, metrics: Sequence[Metric]) -> p
     """Lists every cell with its numbers; those of a cell that failed are empty.
 
     Returns:
-        arm, dataset, seed, split, fit_lr, fit_epochs, rows (to train on; empty for all there are), failure (why training
-        failed), every metric, and all other headline numbers of the evaluation.
+        arm, dataset, seed, split, fit_lr, fit_epochs, rows (to train on; empty for all there are), failure (why
+        training failed), every metric, and all other headline numbers of the evaluation.
     """
     records = []
     for key, result in results.items():
@@ -204,8 +208,8 @@ def values_table(results: Results, runs: AllRuns) -> pd.DataFrame:
     """Lists the metrics of each arm on each dataset.
 
     Returns:
-        metric, dataset, arm, fit_epochs, rows (to train on; empty for all there are), seeds (how many), value (mean over
-        seeds, of errors the geometric mean), low, high.
+        metric, dataset, arm, fit_epochs, rows (to train on; empty for all there are), seeds (how many), value (mean
+        over seeds, of errors the geometric mean), low, high.
     """
     settings = {(key.arm, key.dataset): result.record.request for key, result in results.items()}
     records = []
@@ -224,8 +228,8 @@ def paired_table(
     """Compares every two arms on every dataset, and over all datasets, where the effect is the mean of theirs.
 
     Returns:
-        metric, dataset (or ``all datasets``), arm, reference, compared (``ratio`` or ``difference``), pairs (of seeds; of
-        ``member_spread``, members), trajectories (that tested them; empty where they are not resampled), horizon (of
+        metric, dataset (or ``all datasets``), arm, reference, compared (``ratio`` or ``difference``), pairs (of seeds;
+        of ``member_spread``, members), trajectories (that tested them; empty where they are not resampled), horizon (of
         rollouts), effect, low, high, least, most (over all datasets only: the smallest and the largest effect), verdict
         (``better``, ``worse``, ``tie``, ``undecided``, ``too few runs``; see ``Metric.verdict``).
     """
@@ -276,7 +280,7 @@ def _compare_spreads(results: Results, arm: str, reference: str, datasets: Seque
         both = [member_logs(results, name, dataset) for name in (arm, reference)]
         if min(map(len, both)) > 1:
             ratio, replicates = spread_ratio(*both)
-            logs.append(replicates if np.isfinite(ratio.low) else np.full(REPLICATES, np.nan))
+            logs.append(replicates)
             limits = {"effect": ratio.value, "low": ratio.low, "high": ratio.high}
             lines.append({"dataset": dataset, "pairs": min(map(len, both)), **limits})
     if lines:
@@ -290,8 +294,9 @@ def uncertainty_table(results: Results) -> pd.DataFrame:
     """Says how well every measure of uncertainty orders rows by their error, on test rows and on probes.
 
     Returns:
-        arm, dataset, rows (``test`` or a probe), measure, runs, spearman, spearman_low, spearman_high, auroc, auroc_low,
-        auroc_high (means over runs, with the smallest and the largest; AUROC is that of finding the worst tenth).
+        arm, dataset, rows (``test`` or a probe), measure, runs, spearman, spearman_low, spearman_high, auroc,
+        auroc_low, auroc_high (means over runs, with the smallest and the largest; AUROC is that of finding the worst
+        tenth).
     """
     table = _of_all_cells(results, "uncertainty")
     groups = table.groupby(["arm", "dataset", "rows", "measure"], sort=False)
@@ -343,6 +348,25 @@ def timings_table(results: Results) -> pd.DataFrame:
     ]
     groups = pd.DataFrame(records).groupby(["arm", "dataset", "part"], sort=False).seconds
     return groups.agg(runs="size", seconds="mean").reset_index()
+
+
+def policy_tables(results: Results, cells: pd.DataFrame, metrics: Sequence[Metric]) -> Tables:
+    """Analyses what policies are worth in the models; nothing where no cell has evaluated any.
+
+    Returns:
+        ``policies`` (``policy_analysis.values_of_arms``), ``policies_paired`` (``paired_values``),
+        ``policies_propagations`` (``paired_propagations``) and ``policies_foreseen`` (``predictors_of_values``).
+    """
+    tables = {key: r.tables["policy_values"] for key, r in results.items() if "policy_values" in r.tables}
+    if not tables:
+        return {}
+    place = ["arm", "dataset", "seed", "split"]
+    return {
+        "policies": values_of_arms(tables),
+        "policies_paired": paired_values(tables),
+        "policies_propagations": paired_propagations(tables),
+        "policies_foreseen": predictors_of_values(tables, cells[place + [metric.name for metric in metrics]]),
+    }
 
 
 def _of_all_cells(results: Results, name: str) -> pd.DataFrame:

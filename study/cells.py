@@ -1,36 +1,48 @@
 """One cell of a study: an arm trained and evaluated on one dataset with one seed.
 
 ``run_cell`` depends on its arguments alone: on processors of one kind, a cell gives the same numbers in whichever
-process it runs.
+process it runs. Only the time that it took differs, which no table holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
 from config import LearnConfig, config_from_dict
+from data.behaviour import SquashedGaussianPolicy
+from data.sources import source_attributes
 from data.splits import Split, split_trajectories
-from data.trajectories import Dataset, gather_transitions
+from data.trajectories import Dataset, Transitions, gather_transitions
+from dynamics_model import DynamicsEnsemble
 from evaluation.evaluate import evaluate, summarise
+from evaluation.oracle import make_probes
+from evaluation.predictions import Rows, gather_rows, predict_one_step
+from evaluation.rollouts import validation_skill
+from study.horizons import HORIZONS, MAX_STARTS
+from study.policies import POLICIES, input_dim, policy_table, snapshot_folder
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
 from training.scores import metric_rows, score_members
-from utils import Origin, atomic_write
+from utils import ROOT, InputError, Origin, atomic_write
 
+FORMAT = 2  # of cell.json and study.json; raised when older ones cannot be analysed any more
 HOLDOUT_RATIO = TEST_RATIO = 0.2
-HORIZONS = (1, 5, 10, 25, 50, 100, 200)
-MAX_STARTS = 256
+SIMULATED = ROOT / "reports" / "simulated"  # what policies earn in the simulator: made once, for all cells
 
 # The tables of an evaluation that a study keeps, and which of their rows; None keeps all.
 _KEPT = {
@@ -40,8 +52,9 @@ _KEPT = {
     "reliability": None,
     "calibrated_horizon": None,
     "trajectories": None,
-    "rollout": "propagation in ('mean', 'ts1', 'tsinf', 'no_change')",
-    "starts": "propagation == 'tsinf'",
+    "uncertainty": "units == 'normalised'",
+    "rollout": "not propagation.str.startswith('member_')",
+    "starts": "propagation in ('mean', 'ts1', 'tsinf', 'mean_clamped', 'tsinf_clamped')",
 }
 
 
@@ -49,11 +62,12 @@ _KEPT = {
 
 
 class CellKey(NamedTuple):
-    """The place of a cell in the grid; ``dataset`` is its short name, as in tables."""
+    """The place of a cell in the grid; ``dataset`` is its short name, as in tables, ``split`` the seed of the split."""
 
     arm: str
     dataset: str
     seed: int
+    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class CellRequest:
         test_ratio: Share of the trajectories to test on.
         device: Where to compute.
         threads: Threads to compute with; the last bits of sums may depend on their number.
+        simulator: Whether the simulator of the dataset's environment tests, too.
         config: Settings, seed and learning rate included.
     """
 
@@ -78,7 +93,13 @@ class CellRequest:
     test_ratio: float
     device: str
     threads: int
+    simulator: bool
     config: LearnConfig
+
+    @property
+    def rows(self) -> int | None:
+        """Rows to train on; None for all there are."""
+        return parse_name(self.dataset).rows
 
     def settings(self) -> dict[str, Any]:
         """Returns everything by name, in plain types; the configuration's settings stand among the rest."""
@@ -109,10 +130,11 @@ class Cell:
     Attributes:
         arm: Name of the configuration.
         dataset: Name of the dataset, as it was given.
-        config: Settings, seed and learning rate included; its ``split_seed`` is the study's.
+        config: Settings, seed, learning rate and the seed of the split included.
         is_trial: Whether the cell only helps to choose a learning rate: it is trained, but not tested.
         device: Where to compute.
         threads: Threads to compute with.
+        simulator: Whether the simulator of the dataset's environment tests, too; a trial never asks it.
     """
 
     arm: str
@@ -121,34 +143,70 @@ class Cell:
     is_trial: bool
     device: str
     threads: int
+    simulator: bool = False
 
     @property
     def key(self) -> CellKey:
         """Place of the cell in the grid."""
-        return CellKey(self.arm, short_name(self.dataset), self.config.seed)
+        return CellKey(self.arm, short_name(self.dataset), self.config.seed, self.config.split_seed)
 
     @property
     def name(self) -> str:
         """Place of the cell in the study's folder, as a relative path."""
         if self.is_trial:
             return f"trials/{self.arm}/{short_name(self.dataset)}/rate-{self.config.fit_lr:g}"
-        return f"cells/{self.arm}/{short_name(self.dataset)}/seed-{self.config.seed}"
+        return f"cells/{self.arm}/{short_name(self.dataset)}/split-{self.config.split_seed}-seed-{self.config.seed}"
 
     def request(self, sha256: str) -> CellRequest:
         """Returns what determines the result on a dataset with this checksum; a cell is done only if this is equal."""
+        ratios = HOLDOUT_RATIO, TEST_RATIO
         return CellRequest(
-            self.arm, self.dataset, sha256, HOLDOUT_RATIO, TEST_RATIO, self.device, self.threads, self.config
+            self.arm, self.dataset, sha256, *ratios, self.device, self.threads, self.simulator, self.config
         )
+
+
+class NamedRows(NamedTuple):
+    """What a dataset's name asks for: ``NAME`` or, to train on some of the rows only, ``NAME:ROWS``."""
+
+    base: str
+    rows: int | None
+
+
+def parse_name(dataset: str) -> NamedRows:
+    """Takes the number of training rows off a dataset's name, where there is one."""
+    found = re.fullmatch(r"(.*[^:]):([0-9]+)", dataset)
+    if found is None or Path(dataset).exists():
+        return NamedRows(dataset, None)
+    return NamedRows(found[1], int(found[2]))
 
 
 def short_name(dataset: str) -> str:
     """Returns the name of a dataset in tables and folders: of a path the file's, without its ending."""
-    return Path(dataset).stem
+    base, rows = parse_name(dataset)
+    return Path(base).stem if rows is None else f"{Path(base).stem}-{rows}"
 
 
 def split_dataset(dataset: Dataset, split_seed: int) -> Split:
     """Splits the trajectories as all cells do: 60 % train, 20 % validate, 20 % test."""
     return split_trajectories(dataset, split_seed, holdout_ratio=HOLDOUT_RATIO, test_ratio=TEST_RATIO)
+
+
+def training_rows(dataset: Dataset, split: Split, rows: int | None, split_seed: int) -> Transitions:
+    """Returns the rows to train on; fewer of them are those of whole trajectories in random order, up to the last.
+
+    So a smaller set is part of every larger one, and all sizes share the trajectories that validate and test.
+
+    Args:
+        dataset: The whole dataset.
+        split: Its split.
+        rows: How many rows to train on; None takes all.
+        split_seed: Seed of the split, and of that order.
+    """
+    if rows is None:
+        return gather_transitions(dataset, split.train)
+    order = np.random.default_rng(split_seed).permutation(split.train)
+    everything = gather_transitions(dataset, order)
+    return Transitions(*(None if part is None else part[:rows] for part in vars(everything).values()))
 
 
 # --- The result ---
@@ -160,34 +218,70 @@ class CellOutcome:
 
     Attributes:
         failure: Why training failed; None where it did not.
-        val_mse: Mean validation error of the members, normalised units; None where training failed.
+        val_mse: Validation error of the median member, normalised units; None where training failed.
         metrics: Headline numbers of the evaluation by name; empty for trials and where training failed.
-        seconds: Time that the cell took.
     """
 
     failure: str | None
     val_mse: float | None
     metrics: dict[str, float]
-    seconds: float
 
 
 @dataclass(frozen=True)
 class CellRecord:
-    """The contents of ``cell.json``: what was asked for, how it ended, and which code made it."""
+    """The contents of ``cell.json``: what was asked for, how it ended, what it took, and which code made it.
+
+    Attributes:
+        request: What was asked for.
+        outcome: How it ended.
+        timing: Seconds by part of the work, in the order in which it was done.
+        origin: Which code made it.
+    """
 
     request: CellRequest
     outcome: CellOutcome
+    timing: dict[str, float]
     origin: Origin
+
+    @property
+    def seconds(self) -> float:
+        """Time that the cell took."""
+        return sum(self.timing.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as a dictionary for JSON."""
-        return {"request": self.request.to_dict(), "outcome": vars(self.outcome), "origin": vars(self.origin)}
+        return {
+            "format": FORMAT,
+            "request": self.request.to_dict(),
+            "outcome": vars(self.outcome),
+            "timing": self.timing,
+            "origin": vars(self.origin),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> CellRecord:
-        """Reads back what ``to_dict`` returned; the source is named in error messages."""
+        """Reads back what ``to_dict`` returned; the source is named in error messages.
+
+        Raises:
+            InputError: If another version wrote it.
+        """
+        check_format(values, source)
         request = CellRequest.from_dict(values["request"], source)
-        return cls(request, CellOutcome(**values["outcome"]), Origin(**values["origin"]))
+        return cls(request, CellOutcome(**values["outcome"]), values["timing"], Origin(**values["origin"]))
+
+
+def check_format(record: dict[str, Any], source: str) -> None:
+    """Checks that this version can read a ``cell.json`` or ``study.json``.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    found = record.get("format", 1)
+    if found != FORMAT:
+        raise InputError(
+            f"{source} was made by another version (format {found}, expected {FORMAT}); give another --output, or "
+            "check that version out"
+        )
 
 
 @dataclass(frozen=True)
@@ -196,8 +290,9 @@ class Result:
 
     Attributes:
         record: The contents of ``cell.json``.
-        tables: By name: ``training`` (one row per epoch and member, as ``learn_model.py`` writes them) and, of a cell
-            that was tested, tables of ``evaluation.evaluate``.
+        tables: By name: ``training`` (one row per epoch and member, as ``learn_model.py`` writes them), ``members`` (as
+            ``members_table`` makes it) and ``skill`` (as ``rollouts.validation_skill`` makes it); of a cell that was
+            tested tables of ``evaluation.evaluate``, too, and those of ``error_tables``.
     """
 
     record: CellRecord
@@ -237,46 +332,134 @@ def read_record(folder: Path) -> CellRecord:
 # --- Running a cell ---
 
 
+class Stopwatch:
+    """Measures what parts of a cell take.
+
+    Attributes:
+        seconds: By part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time that the block takes to that of a part; a block that fails counts, too."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 3)
+
+
 def run_cell(cell: Cell, dataset: Dataset) -> Result:
     """Trains and evaluates one cell on its dataset; that training diverged is a result, too."""
-    start, training = time.monotonic(), []
+    watch, tables, metrics, failure = Stopwatch(), {}, {}, None
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.threads)
-    failure, val_mse, metrics, tables = None, None, {}, {}
     try:
         with threadpool_limits(cell.threads, user_api="blas"):
-            val_mse, metrics, tables = _train_and_evaluate(cell, dataset, training)
+            metrics = _train_and_evaluate(cell, dataset, tables, watch)
     except FloatingPointError as error:
         failure = str(error)
     finally:
         torch.set_num_threads(threads)
-    outcome = CellOutcome(failure, val_mse, metrics, seconds=round(time.monotonic() - start, 1))
-    if training:  # a table without rows would be a file that cannot be read
-        tables = {"training": pd.DataFrame(training), **tables}
-    return Result(CellRecord(cell.request(dataset.sha256), outcome, Origin.here()), tables)
+    val_mse = float(tables["members"].val_mse.median()) if failure is None else None
+    outcome = CellOutcome(failure, val_mse, metrics)
+    # A table without rows would be a file that cannot be read.
+    tables = {name: table for name, table in tables.items() if len(table)}
+    return Result(CellRecord(cell.request(dataset.sha256), outcome, watch.seconds, Origin.here()), tables)
 
 
 def _train_and_evaluate(
-    cell: Cell, dataset: Dataset, training: list[dict[str, float | int | None]]
-) -> tuple[float, dict[str, float], dict[str, pd.DataFrame]]:
-    """Returns the mean validation error, the headline numbers and the tables of the evaluation.
+    cell: Cell, dataset: Dataset, tables: dict[str, pd.DataFrame], watch: Stopwatch
+) -> dict[str, float]:
+    """Returns the headline numbers of the evaluation; a trial has none.
 
     Args:
         cell: What to train and evaluate.
         dataset: The dataset that it names.
-        training: Filled with the rows of ``training.csv``; the caller has them even if training fails.
+        tables: Filled with the tables of the result; the caller has what there is even if training fails.
+        watch: Measures what the parts take.
     """
-    split = split_dataset(dataset, cell.config.split_seed)
-    transitions = gather_transitions(dataset, split.train)
-    ensemble = build_ensemble(cell.config, transitions).to(cell.device)
-    train = normalise_rows(ensemble, transitions)
-    holdout = normalise_rows(ensemble, gather_transitions(dataset, split.holdout))
-    for epoch in train_ensemble(ensemble, cell.config, train, holdout):
-        training += metric_rows(ensemble, cell.config, epoch)
-    scores = score_members(ensemble, train, holdout)
-    val_mse = sum(score["val_mse"] for score in scores) / len(scores)
+    config = cell.config
+    with watch.part("data"):
+        split = split_dataset(dataset, config.split_seed)
+        transitions = training_rows(dataset, split, parse_name(cell.dataset).rows, config.split_seed)
+        ensemble = build_ensemble(config, transitions).to(cell.device)
+        train = normalise_rows(ensemble, transitions)
+        holdout = normalise_rows(ensemble, gather_transitions(dataset, split.holdout))
+    training = []
+    with watch.part("training"):
+        try:
+            for epoch in train_ensemble(ensemble, config, train, holdout):
+                training += metric_rows(ensemble, config, epoch)
+        finally:
+            tables["training"] = pd.DataFrame(training)
+    with watch.part("validation"):
+        tables["members"] = members_table(score_members(ensemble, train, holdout))
+        tables["skill"] = validation_skill(ensemble, dataset, split.holdout, HORIZONS, MAX_STARTS)
     if cell.is_trial:
-        return val_mse, {}, {}
-    tables = evaluate(ensemble, dataset, split.test, transitions, horizons=HORIZONS, max_starts=MAX_STARTS)
-    kept = {name: tables[name].query(rows) if rows else tables[name] for name, rows in _KEPT.items()}
-    return val_mse, summarise(tables, HORIZONS), kept
+        return {}
+    probes = {}
+    if cell.simulator:
+        with watch.part("policies"):
+            values = policy_table(ensemble, dataset, transitions, SIMULATED)
+        if values is not None:
+            tables["policy_values"] = values
+        with watch.part("probes"):
+            probes = simulate_probes(dataset, split)
+    with watch.part("test"):
+        found = evaluate(
+            ensemble, dataset, split.test, transitions, probes=probes, horizons=HORIZONS, max_starts=MAX_STARTS
+        )
+    with watch.part("errors"):
+        tables |= error_tables(ensemble, dataset, split.test)
+    kept = {name: rows for name, rows in _KEPT.items() if name in found}
+    tables |= {name: found[name].query(rows) if rows else found[name] for name, rows in kept.items()}
+    return summarise(found, HORIZONS)
+
+
+def simulate_probes(dataset: Dataset, split: Split) -> dict[str, Rows]:
+    """Makes rows that the dataset does not hold, the same for all models of one split.
+
+    Raises:
+        InputError: If the dataset does not say which simulator made it and in which states, or it is not here.
+    """
+    noise = float(source_attributes(dataset.name).get("process_noise", 0.0))
+    files = sorted((POLICIES / snapshot_folder(dataset.env_name)).glob("*.npz")) if dataset.env_name else []
+    policies = [SquashedGaussianPolicy.load(file, dataset.env_name, input_dim(file)) for file in files]
+    return make_probes(dataset, split.test, seed=0, policies=policies, process_noise=noise)
+
+
+def members_table(scores: list[dict[str, float | None]]) -> pd.DataFrame:
+    """Lists the errors of the members' final weights.
+
+    Returns:
+        model_id, train_mse, val_mse (normalised units).
+    """
+    table = pd.DataFrame(scores)[["train_mse", "val_mse"]]
+    table.insert(0, "model_id", np.arange(len(table)))
+    return table
+
+
+def error_tables(ensemble: DynamicsEnsemble, dataset: Dataset, indices: np.ndarray) -> dict[str, pd.DataFrame]:
+    """Returns what resampling needs of the one-step errors on some trajectories, normalised units.
+
+    Returns:
+        Two tables:
+
+        - ``row_errors``: trajectory, error: root mean square over dimensions of the error of the ensemble's mean, a row
+          per transition, to five decimals;
+        - ``member_products``: first, second (members, first <= second), product: mean over rows and dimensions of the
+          product of their errors. The squared error of the mean of any members is the mean of their products.
+    """
+    rows = gather_rows(dataset, indices)
+    errors = predict_one_step(ensemble, rows.states, rows.actions, rows.next_states).errors
+    by_row = np.sqrt(np.square(errors.mean(axis=0)).mean(axis=1)).round(5)
+    products = np.einsum("ird,jrd->ij", errors, errors) / errors[0].size
+    first, second = np.triu_indices(len(ensemble))
+    return {
+        "row_errors": pd.DataFrame({"trajectory": rows.trajectory, "error": by_row}),
+        "member_products": pd.DataFrame({"first": first, "second": second, "product": products[first, second]}),
+    }

@@ -1,8 +1,8 @@
-"""Figures of a study, from the tables of ``study.analysis``; an arm (or a pair of arms) keeps its colour in all."""
+"""Figures of a study, from the tables of ``study.analysis`` and ``study.tuning``; an arm has one colour in all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -14,138 +14,223 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, png
 from study.analysis import POOLED, Tables
+from study.metrics import find_metrics
 
-LABELS = {
-    "nrmse": "one-step nRMSE",
-    "rollout_error": "rollout error (tsinf)",
-    "crps_recalibrated": "recalibrated CRPS",
-    "sd_log_nrmse": "SD over seeds of log nRMSE",
-}
+SHOWN = ("nrmse", "median_error", "nll", "rollout_mean", "rollout_tsinf", "spearman")  # of the metrics, in figures
 CAPTIONS = {
-    "ratios": "Error of an arm over that of its reference: left of the line the arm is better. Points with 95 % "
-    "intervals; the diamond is the mean over these datasets and says nothing of others.",
-    "horizon": "Median error of open-loop tsinf rollouts along recorded actions: geometric mean over seeds, with the "
-    "smallest and the largest seed. The vertical line is the horizon of the primary metric.",
+    "effects": "Each arm against the first one, with 95 % intervals: ratios of errors, or differences (of NLL in "
+    "nats, and of rank correlations). The band is the margin within which a difference does not matter. There is no "
+    "interval from fewer than six pairs.",
+    "horizon": "Skill of open-loop rollouts along recorded actions against predicting the mean training state: of the "
+    "ensemble's mean (solid) and of TSinf (dashed), mean over runs. The vertical line is the horizon at which arms are "
+    "compared, chosen on validation trajectories.",
     "calibration": "How often the truth falls in the central interval that promises to hold it. Below the dotted line "
-    "intervals are too narrow; solid as predicted, dashed after cross-fitted recalibration.",
-    "stability": "One point per seed, so that the height of a column is the spread over seeds; the bar is the "
-    "geometric mean. A cross at the top is a training that failed.",
+    "intervals are too narrow; solid as predicted, dashed after cross-fitted isotonic recalibration.",
+    "stability": "Above, the robust spread over members of the log of their one-step error; below, the share of "
+    "members that are stray, more than twice the median off. 95 % intervals; the members of all seeds count.",
+    "sensitivity": "Validation error of the median member against the learning rate, one trial each; the filled marker "
+    "is the rate that was chosen. A flat curve forgives.",
 }
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
-_MARKERS = "osD^vP"
-_LEAST_SPAN = 1.5  # least ratio of the limits of an axis that shows spreads, so that close values look close
+_COLOURS = {
+    "dnn": BLUE,
+    "dnn_huber": SKY,
+    "dnn_posthoc": "#44598C",
+    "pnn": ORANGE,
+    "pnn_beta": RED,
+    "pnn_decay": "#A6761D",
+    "faithful": GREEN,
+    "faithful_huber": PURPLE,
+}
+_FURTHER = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, "#44598C", "#A6761D")
+_MARKERS = "osD^vPX<"
+_COLUMNS = 4  # of panels, at most
+
+
+def arm_colours(arms: Iterable[str]) -> dict[str, str]:
+    """Returns the colour of each arm: those of ``configs/study`` have theirs, others get what is left in turn."""
+    arms = list(dict.fromkeys(arms))
+    free = [colour for colour in _FURTHER if colour not in {_COLOURS.get(arm) for arm in arms}]
+    others = [arm for arm in arms if arm not in _COLOURS]
+    further = {arm: (free or _FURTHER)[place % len(free or _FURTHER)] for place, arm in enumerate(others)}
+    return {arm: _COLOURS.get(arm) or further[arm] for arm in arms}
 
 
 def draw_figures(tables: Tables) -> dict[str, bytes]:
-    """Draws every figure: PNG files by name."""
+    """Draws every figure: PNG files by name.
+
+    Args:
+        tables: Those of ``analyse``, with ``learning_rates`` and ``horizons``.
+    """
     with matplotlib.rc_context(STYLE):
         figures = {
-            "ratios": draw_ratios(tables["paired"]),
-            "horizon": draw_horizon(tables["horizon"], tables["paired"]),
+            "effects": draw_effects(tables["paired"]),
+            "horizon": draw_horizon(tables["horizon"], tables["horizons"]),
             "calibration": draw_calibration(tables["reliability"]),
-            "stability": draw_stability(tables["cells"]),
+            "stability": draw_stability(tables["stability"]),
         }
+        if "val_mse" in tables["learning_rates"]:
+            figures["sensitivity"] = draw_sensitivity(tables["learning_rates"])
         return {name: png(figure, dpi=150) for name, figure in figures.items()}
 
 
-def draw_ratios(paired: pd.DataFrame) -> Figure:
-    """Forest plot: a panel per primary metric, a line per dataset, a marker per pair of arms."""
-    datasets = list(dict.fromkeys(paired.dataset))
-    figure, panels = _panels(len(LABELS), height=1.2 + 0.55 * len(datasets), sharey=True)
-    pairs = list(dict.fromkeys(zip(paired.arm, paired.reference, strict=True)))
-    for axes, metric in zip(panels, LABELS, strict=True):
-        axes.axvline(1, color=DARK, lw=1, ls=":")
-        for place, (arm, reference) in enumerate(pairs):
-            rows = paired[(paired.metric == metric) & (paired.arm == arm) & (paired.reference == reference)]
-            height = np.array([datasets.index(name) for name in rows.dataset]) + 0.2 * (place - (len(pairs) - 1) / 2)
-            colour = _COLOURS[place % len(_COLOURS)]
-            axes.hlines(height, rows.low, rows.high, color=colour, lw=1.4)
-            pooled = rows.dataset == POOLED
-            axes.plot(rows.ratio[~pooled], height[~pooled], "o", color=colour, ms=4, label=f"{arm} / {reference}")
-            axes.plot(rows.ratio[pooled], height[pooled], "D", color=colour, ms=6)
-        axes.set(title=LABELS[metric], xlabel="ratio (log axis)", xscale="log")
-        _plain_ticks(axes.xaxis)
+def draw_effects(paired: pd.DataFrame) -> Figure:
+    """Forest plot: a panel per shown metric, a line per dataset, a marker per arm against the first one."""
+    paired = paired[(paired.reference == paired.reference.iloc[0]) & (paired.dataset != POOLED)]
+    metrics = find_metrics(name for name in SHOWN if name in set(paired.metric))
+    datasets, colours = list(dict.fromkeys(paired.dataset)), arm_colours([paired.reference.iloc[0], *paired.arm])
+    arms = list(dict.fromkeys(paired.arm))
+    height = 1.4 + len(datasets) * (0.3 + 0.1 * len(arms))
+    figure, panels = _panels(len(metrics), height=height, columns=3, sharey=True)
+    for axes, metric in zip(panels, metrics.values(), strict=True):
+        centre = float(metric.is_ratio)
+        axes.axvspan(centre - metric.margin, centre + metric.margin, color=GREY, alpha=0.2, lw=0)
+        for place, arm in enumerate(arms):
+            rows = paired[(paired.metric == metric.name) & (paired.arm == arm)]
+            at = np.array([datasets.index(name) for name in rows.dataset])
+            at = at + 0.7 * ((place + 0.5) / len(arms) - 0.5)
+            axes.hlines(at, rows.low, rows.high, color=colours[arm], lw=1.4)
+            axes.plot(rows.effect, at, _MARKERS[place % len(_MARKERS)], color=colours[arm], ms=4, label=arm)
+        axes.set(title=metric.label, xlabel="ratio (log axis)" if metric.is_ratio else "difference")
+        if metric.is_ratio:
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
     panels[0].set_yticks(range(len(datasets)), datasets)
-    panels[0].set_ylim(max(len(datasets), 1) - 0.5, -0.5)
+    panels[0].set_ylim(len(datasets) - 0.5, -0.5)
     _share_legend(figure, panels[0])
     return figure
 
 
-def draw_horizon(table: pd.DataFrame, paired: pd.DataFrame) -> Figure:
-    """Error of tsinf rollouts against horizon, a panel per dataset, a line per arm."""
-    primary = paired.dropna(subset=["horizon"]).groupby("dataset").horizon.first()
-    groups = list(table.groupby("dataset", sort=False))
+def draw_horizon(table: pd.DataFrame, horizons: pd.DataFrame) -> Figure:
+    """Skill of rollouts against horizon, a panel per dataset, a line per arm and propagation."""
+    groups, colours = list(table.groupby("dataset", sort=False)), arm_colours(table.arm)
+    chosen = horizons.set_index("dataset").horizon
     figure, panels = _panels(len(groups))
     for axes, (dataset, rows) in zip(panels, groups, strict=True):
-        for place, (arm, line) in enumerate(rows[rows.propagation == "tsinf"].groupby("arm", sort=False)):
-            colour = _COLOURS[place % len(_COLOURS)]
-            axes.fill_between(line.horizon, line.low, line.high, color=colour, alpha=0.15, lw=0)
-            axes.plot(line.horizon, line.error, color=colour, ls=("-", "--", "-.")[place % 3], label=arm)
-        still = rows[rows.propagation == "no_change"].drop_duplicates("horizon")
-        axes.plot(still.horizon, still.error, ":", color=DARK, label="no change")
-        if dataset in primary.index:
-            axes.axvline(primary[dataset], color=GREY, lw=0.8)
-        axes.set(title=dataset, xlabel="steps", xscale="log", yscale="log")
-        axes.set_ylim(top=min(axes.get_ylim()[1], 30 * still.error.max()))  # diverged rollouts leave the picture
+        axes.axhline(0, color=DARK, lw=1, ls=":")
+        for propagation, style in (("mean", "-"), ("tsinf", "--")):
+            for arm, line in rows[rows.propagation == propagation].groupby("arm", sort=False):
+                label = arm if propagation == "mean" else None
+                axes.plot(line.horizon, line.skill, style, color=colours[arm], label=label)
+        if dataset in chosen.index:
+            axes.axvline(chosen[dataset], color=GREY, lw=0.8)
+        axes.set(title=dataset, xlabel="steps", xscale="log", ylim=(-0.5, 1.02))
         _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
-    panels[0].set_ylabel("error (median over starts)")
+    _label_left(panels, "skill")
     _share_legend(figure, panels[0])
     return figure
 
 
 def draw_calibration(table: pd.DataFrame) -> Figure:
     """Observed against promised coverage, a panel per dataset, a colour per arm."""
-    groups = list(table.groupby("dataset", sort=False))
+    groups, colours = list(table.groupby("dataset", sort=False)), arm_colours(table.arm)
     figure, panels = _panels(len(groups))
     for axes, (dataset, rows) in zip(panels, groups, strict=True):
         axes.plot([0, 1], [0, 1], ":", color=DARK, lw=1, label="calibrated")
-        for place, (arm, lines) in enumerate(rows.groupby("arm", sort=False)):
-            for variant, style in (("raw", "-"), ("recalibrated", "--")):
+        for arm, lines in rows.groupby("arm", sort=False):
+            for variant, style in (("raw", "-"), ("isotonic", "--")):
                 line = lines[lines.variant == variant]
                 label = arm if variant == "raw" else None
-                axes.plot(line.promised, line.observed, style, color=_COLOURS[place % len(_COLOURS)], label=label)
+                axes.plot(line.promised, line.observed, style, color=colours[arm], label=label)
         axes.set(title=dataset, xlabel="promised coverage")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel("observed coverage")
+    _label_left(panels, "observed coverage")
     _share_legend(figure, panels[0])
     return figure
 
 
-def draw_stability(cells: pd.DataFrame) -> Figure:
-    """One-step error of every run, a panel per dataset, a column per arm."""
-    arms = list(dict.fromkeys(cells.arm))
-    groups = list(cells.groupby("dataset", sort=False))
+def draw_stability(table: pd.DataFrame) -> Figure:
+    """Spread of members and share of stray ones, a group of columns per dataset, a colour per arm."""
+    datasets, colours = list(dict.fromkeys(table.dataset)), arm_colours(table.arm)
+    figure = Figure(figsize=(max(1.6 * len(datasets) + 1, 4.5), 5.6))
+    spread, stray = figure.subplots(2, 1, sharex=True)
+    for axes, value, prefix in ((spread, "member_spread", "member"), (stray, "stray_share", "stray")):
+        for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
+            at = np.array([datasets.index(name) for name in rows.dataset])
+            at = at + 0.8 * ((place + 0.5) / len(colours) - 0.5)
+            axes.vlines(at, rows[f"{prefix}_low"], rows[f"{prefix}_high"], color=colours[arm], lw=1.4)
+            axes.plot(at, rows[value], _MARKERS[place % len(_MARKERS)], color=colours[arm], ms=4.5, label=arm)
+        axes.set_ylim(bottom=0)
+    spread.set_title("Spread of members")
+    stray.set_title("Stray members")
+    stray.yaxis.set_major_formatter(PercentFormatter(1))
+    stray.set_xticks(range(len(datasets)), datasets, rotation=20 if len(datasets) > 3 else 0)
+    _share_legend(figure, spread)
+    return figure
+
+
+def draw_sensitivity(rates: pd.DataFrame) -> Figure:
+    """Validation error against learning rate, a panel per dataset, a line per arm; failed trainings leave a gap."""
+    groups, colours = list(rates.groupby("dataset", sort=False)), arm_colours(rates.arm)
     figure, panels = _panels(len(groups))
     for axes, (dataset, rows) in zip(panels, groups, strict=True):
-        for place, arm in enumerate(arms):
-            errors = rows[rows.arm == arm].sort_values("seed").nrmse.to_numpy()
-            offset = np.linspace(-0.2, 0.2, len(errors)) if len(errors) > 1 else np.zeros(1)
-            colour, failed = _COLOURS[place % len(_COLOURS)], np.isnan(errors)
-            marker = _MARKERS[place % len(_MARKERS)]
-            axes.plot(place + offset[~failed], errors[~failed], marker, color=colour, ms=4.5, alpha=0.8)
-            if failed.any():
-                top = np.full(failed.sum(), 0.97)
-                axes.plot(place + offset[failed], top, "x", color=colour, transform=axes.get_xaxis_transform())
-            if not failed.all():
-                axes.hlines(np.exp(np.log(errors[~failed]).mean()), place - 0.3, place + 0.3, color=colour, lw=1.4)
-        axes.set(title=dataset, yscale="log", xlim=(-0.6, len(arms) - 0.4))
-        axes.set_xticks(range(len(arms)), arms)
-        low, high = axes.get_ylim()
-        widening = max(1, np.sqrt(_LEAST_SPAN * low / high))
-        axes.set_ylim(low / widening, high * widening)
+        for arm, line in rows.groupby("arm", sort=False):
+            error = np.sqrt(line.val_mse.where(np.isfinite(line.val_mse)))
+            axes.plot(line.fit_lr, error, "o-", color=colours[arm], mfc="white", ms=4.5, label=arm)
+            axes.plot(line.fit_lr[line.is_chosen], error[line.is_chosen], "o", color=colours[arm], ms=5.5)
+        axes.set(title=dataset, xlabel="learning rate", xscale="log", yscale="log")
         _plain_ticks(axes.yaxis)
-    panels[0].set_ylabel("one-step nRMSE (log axis)")
+    _label_left(panels, "validation nRMSE")
+    _share_legend(figure, panels[0])
     return figure
+
+
+def draw_curves(values: pd.DataFrame, setting: str, label: str) -> bytes:
+    """Draws metrics against a setting in which studies differ: a row per metric, a panel per dataset, a line per arm.
+
+    Args:
+        values: Tables ``values`` of these studies, one below the other.
+        setting: Column of the setting.
+        label: What to call it.
+
+    Returns:
+        A PNG file.
+    """
+    names = [name for name in ("nrmse", "median_error", "nll", "rollout_mean") if name in set(values.metric)]
+    metrics, datasets = find_metrics(names), list(dict.fromkeys(values.dataset))
+    colours = arm_colours(values.arm)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(3.0 * len(datasets), 4.5), 2.6 * len(metrics) + 0.6))
+        panels = figure.subplots(len(metrics), len(datasets), squeeze=False, sharex=True)
+        for row, metric in zip(panels, metrics.values(), strict=True):
+            row[0].set_ylabel(metric.label)
+            for axes, dataset in zip(row, datasets, strict=True):
+                rows = values[(values.metric == metric.name) & (values.dataset == dataset)]
+                for arm, line in rows.sort_values(setting).groupby("arm", sort=False):
+                    axes.vlines(line[setting], line.low, line.high, color=colours[arm], lw=1)
+                    axes.plot(line[setting], line.value, "o-", color=colours[arm], ms=4, label=arm)
+                axes.set(xscale="log")
+                _plain_ticks(axes.xaxis)
+                if metric.is_ratio:
+                    axes.set_yscale("log")
+                    _plain_ticks(axes.yaxis)
+        for axes, dataset in zip(panels[0], datasets, strict=True):
+            axes.set_title(dataset)
+        for axes in panels[-1]:
+            axes.set_xlabel(label)
+        _share_legend(figure, panels[0, 0])
+        return png(figure, dpi=150)
 
 
 # --- Axes ---
 
 
-def _panels(count: int, height: float = 3.2, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(max(3.0 * count, 4.5), height))
-    return figure, figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
+def _panels(
+    count: int, height: float = 2.9, columns: int = _COLUMNS, sharey: bool = False
+) -> tuple[Figure, Sequence[Axes]]:
+    """Returns a figure with so many panels in rows, and the panels; ``height`` is that of a row in inches."""
+    across = min(count, columns)
+    down = -(-count // across)
+    figure = Figure(figsize=(max(3.1 * across, 4.5), height * down + 0.4))
+    panels = figure.subplots(down, across, squeeze=False, sharey=sharey).ravel()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _label_left(panels: Sequence[Axes], label: str) -> None:
+    for axes in panels[::_COLUMNS]:
+        axes.set_ylabel(label)
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -153,11 +238,12 @@ def _plain_ticks(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     axis.set_minor_formatter(NullFormatter())
     if high < 10 * low:
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _share_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    across = max(1, int(figure.get_figwidth() // 1.3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), across))

@@ -1,25 +1,18 @@
-"""The grid of a study: arms x datasets x seeds, and the learning rate that each arm gets.
-
-Every arm chooses among the same candidates, before the study and with a seed outside it.
-"""
+"""The grid of a study: arms x datasets x splits x seeds, and the trials that come before it (see ``tuning.py``)."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from config import LearnConfig, load_config
 from data.audit import audit
 from data.sources import load_dataset
-from data.trajectories import Dataset, gather_transitions
-from study.cells import Cell, split_dataset
+from data.trajectories import Dataset
+from study.cells import Cell, parse_name, short_name, simulate_probes, split_dataset, training_rows
 from study.store import CellStore
 from tracking.trackers import warn
 from training.build import build_ensemble, find_kind
@@ -42,47 +35,53 @@ class Grid:
         arms: Configurations by name; the study replaces their seeds and learning rates by those of each cell.
         datasets: Names of the datasets, as they were given.
         seeds: How many seeds there are, 0 to ``seeds - 1``.
-        split_seed: Seed of the split by trajectories, the same for every cell.
+        split_seeds: Seeds of splits by trajectories; every seed trains on every split. Trials have the first one.
         device: Where to compute.
         threads: Threads of every cell.
+        simulator: Whether simulators test, too.
     """
 
     arms: Arms
     datasets: Sequence[str]
     seeds: int
-    split_seed: int
+    split_seeds: Sequence[int]
     device: str
     threads: int
+    simulator: bool = False
 
     def __len__(self) -> int:
-        return len(self.arms) * len(self.datasets) * self.seeds
+        return len(self.arms) * len(self.datasets) * len(self.split_seeds) * self.seeds
 
     def trials(self, rates: Sequence[float]) -> list[Cell]:
-        """Lists the trainings that choose learning rates: every arm with every candidate on every dataset."""
+        """Lists the first trials: every arm with every candidate on every dataset; with none each arm has its own."""
         return [
-            self._cell(arm, dataset, TRIAL_SEED, rate, is_trial=True)
+            self.trial(arm, dataset, rate)
             for dataset in self.datasets
             for arm in self.arms
-            for rate in rates
+            for rate in rates or [self.arms[arm].fit_lr]
         ]
 
-    def cells(self, rates: pd.DataFrame) -> list[Cell]:
+    def trial(self, arm: str, dataset: str, rate: float) -> Cell:
+        """Returns one trial."""
+        return self._cell(arm, dataset, TRIAL_SEED, self.split_seeds[0], rate, is_trial=True)
+
+    def cells(self, rates: Mapping[tuple[str, str], float]) -> list[Cell]:
         """Lists the cells of the study, seed by seed, so that a study that is cut short has whole seeds.
 
         Args:
-            rates: The learning rates of the arms, as ``choose_rates`` returns them.
+            rates: Learning rates by arm and short name of the dataset.
         """
-        chosen = rates[rates.is_chosen].drop_duplicates("arm").set_index("arm").fit_lr
         return [
-            self._cell(arm, dataset, seed, float(chosen[arm]), is_trial=False)
+            self._cell(arm, dataset, seed, split_seed, rates[arm, short_name(dataset)], is_trial=False)
             for seed in range(self.seeds)
+            for split_seed in self.split_seeds
             for dataset in self.datasets
             for arm in self.arms
         ]
 
-    def _cell(self, arm: str, dataset: str, seed: int, rate: float, is_trial: bool) -> Cell:
-        config = dataclasses.replace(self.arms[arm], seed=seed, split_seed=self.split_seed, fit_lr=rate)
-        return Cell(arm, dataset, config, is_trial, self.device, self.threads)
+    def _cell(self, arm: str, dataset: str, seed: int, split_seed: int, rate: float, is_trial: bool) -> Cell:
+        config = dataclasses.replace(self.arms[arm], seed=seed, split_seed=split_seed, fit_lr=rate)
+        return Cell(arm, dataset, config, is_trial, self.device, self.threads, self.simulator and not is_trial)
 
     def differences(self) -> dict[str, dict[str, Any]]:
         """Returns the settings in which arms differ, each with its values by arm."""
@@ -121,69 +120,50 @@ def load_arms(paths: Sequence[Path], overrides: Sequence[str]) -> Arms:
     return arms
 
 
-def load_datasets(names: Sequence[str], split_seed: int, quiet: bool) -> Datasets:
+def load_datasets(names: Sequence[str], split_seeds: Sequence[int], simulator: bool, quiet: bool) -> Datasets:
     """Loads every dataset, says what was found about it, and checks that it can be split and learned.
+
+    Args:
+        names: As they were given; where they ask for some of the rows, the whole dataset is loaded, once.
+        split_seeds: Seeds of the splits.
+        simulator: Whether to check that their simulators can test.
+        quiet: Whether to show no progress.
 
     Raises:
         InputError: If one cannot be used.
     """
-    datasets = {name: load_dataset(name, quiet=quiet) for name in names}
-    for name, dataset in datasets.items():
+    bases = {name: parse_name(name).base for name in names}
+    loaded = {
+        base: load_dataset(base, simulator_states=simulator, quiet=quiet) for base in dict.fromkeys(bases.values())
+    }
+    for base, dataset in loaded.items():
         for finding in audit(dataset):
             if finding.matters:
-                warn(f"{name}: {finding}")
-        split = split_dataset(dataset, split_seed)
-        if len(split.test) < 2 or len(split.holdout) < 1:
-            raise InputError(
-                f"dataset {name!r} leaves {len(split.test)} trajectories to test on, expected at least 2, as errors "
-                f"vary between them; give a dataset of more than its {len(dataset.trajectories)}"
-            )
-        build_ensemble(LearnConfig(ensemble_size=1, hidden_size=()), gather_transitions(dataset, split.train))
+                warn(f"{base}: {finding}")
+    datasets = {name: loaded[base] for name, base in bases.items()}
+    for name, dataset in datasets.items():
+        for split_seed in split_seeds:
+            check_split(name, dataset, split_seed)
+    for dataset in loaded.values() if simulator else ():
+        simulate_probes(dataset, split_dataset(dataset, split_seeds[0]))
     return datasets
 
 
-# --- Learning rates ---
-
-
-def earlier_rates(folder: Path, arms: Arms) -> pd.DataFrame:
-    """Reads the learning rates that an earlier study has chosen for arms of these names.
+def check_split(name: str, dataset: Dataset, split_seed: int) -> None:
+    """Checks that a dataset has enough to train, validate and test on.
 
     Raises:
-        InputError: If it has chosen none, or none for one of these arms.
+        InputError: If it has not.
     """
-    path = folder / "learning_rates.csv"
-    try:
-        rates = pd.read_csv(path)
-    except OSError:
-        raise InputError(f"{str(folder)!r} has no learning_rates.csv; give the folder of a study") from None
-    if missing := [arm for arm in arms if arm not in set(rates.arm[rates.is_chosen])]:
-        raise InputError(f"{str(path)!r} has no rate for the arm {missing[0]!r}")
-    return rates[rates.arm.isin(arms)]
-
-
-def given_rates(arms: Arms, rate: float | None) -> pd.DataFrame:
-    """Gives all arms the same learning rate; None leaves each its own."""
-    rates = {arm: config.fit_lr if rate is None else rate for arm, config in arms.items()}
-    return pd.DataFrame([{"arm": arm, "fit_lr": rate, "is_chosen": True} for arm, rate in rates.items()])
-
-
-def choose_rates(trials: Sequence[Cell], store: CellStore) -> pd.DataFrame:
-    """Chooses each arm's rate: the lowest geometric mean over datasets of the members' mean validation error.
-
-    Returns:
-        arm, fit_lr, dataset, val_mse (infinite where training failed), is_chosen; one row per trial.
-
-    Raises:
-        FloatingPointError: If an arm has failed somewhere with every rate.
-    """
-    records = []
-    for trial in trials:
-        error = store.read(trial.name).record.outcome.val_mse
-        records.append((trial.arm, trial.config.fit_lr, trial.dataset, math.inf if error is None else error))
-    table = pd.DataFrame(records, columns=["arm", "fit_lr", "dataset", "val_mse"])
-    score = np.log(table.val_mse).groupby([table.arm, table.fit_lr]).mean()
-    for arm, best in score.groupby("arm").min().items():
-        if best == math.inf:
-            raise FloatingPointError(f"arm {arm} has diverged with every learning rate; give lower --learning_rates")
-    chosen = score.groupby("arm").idxmin().tolist()
-    return table.assign(is_chosen=[pair in chosen for pair in zip(table.arm, table.fit_lr, strict=True)])
+    split, rows = split_dataset(dataset, split_seed), parse_name(name).rows
+    if len(split.test) < 2 or len(split.holdout) < 1:
+        raise InputError(
+            f"dataset {name!r} leaves {len(split.test)} trajectories to test on, expected at least 2, as errors "
+            f"vary between them; give a dataset of more than its {len(dataset.trajectories)}"
+        )
+    transitions = training_rows(dataset, split, rows, split_seed)
+    if rows is not None and not 0 < rows <= len(transitions):
+        raise InputError(
+            f"dataset {name!r} has {len(training_rows(dataset, split, None, 0))} rows to train on; ask for fewer"
+        )
+    build_ensemble(LearnConfig(ensemble_size=1, hidden_size=()), transitions)

@@ -14,13 +14,14 @@ less than they promise; it therefore differs from the textbook in two points:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 REPLICATES = 2000
+FEWEST_PAIRS = 6  # of runs, from which an interval is given at all
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,19 @@ def crossed_interval(
     return Estimate(float(np.mean(by_seed)), float(np.sqrt(variance)), degrees, level)
 
 
+def seed_interval(by_seed: np.ndarray, level: float = 0.95) -> Estimate:
+    """Estimates a mean over seeds on these very test trajectories: Student's interval.
+
+    Args:
+        by_seed: A statistic that trajectories cannot be resampled for, ``(S,)``.
+        level: Of the interval.
+    """
+    seeds = len(by_seed)
+    if seeds < 2:
+        return Estimate(float(np.mean(by_seed)) if seeds else math.nan, math.nan, math.nan, level)
+    return Estimate(float(np.mean(by_seed)), float(stats.sem(by_seed)), seeds - 1, level)
+
+
 def satterthwaite(variances: Sequence[float], degrees: Sequence[float]) -> float:
     """Degrees of freedom of a sum of independent variance estimates (Satterthwaite 1946)."""
     variances, degrees = np.asarray(variances), np.asarray(degrees)
@@ -140,55 +154,6 @@ def pool(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, float(np.sqrt(np.sum(variances))), degrees, estimates[0].level)
 
 
-# --- Spread over seeds ---
-
-
-@dataclass(frozen=True)
-class SpreadRatio:
-    """Ratio of two paired standard deviations.
-
-    Attributes:
-        log: Estimate of the ratio's log, for ``pool``; its own limits and p-value are approximate.
-        low: Lower confidence limit of the ratio, exact.
-        high: Upper confidence limit of the ratio, exact.
-        p_value: Two-sided, exact.
-    """
-
-    log: Estimate
-    low: float
-    high: float
-    p_value: float
-
-    @property
-    def ratio(self) -> float:
-        """The ratio itself."""
-        return math.exp(self.log.mean)
-
-
-def compare_spreads(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> SpreadRatio:
-    """Compares the standard deviations of paired values: Pitman's and Morgan's test (both 1939) and its interval.
-
-    Exact for normal values: the variances are equal if and only if sum and difference are uncorrelated.
-
-    Args:
-        first: ``(S,)``.
-        second: ``(S,)``, paired with it value by value.
-        level: Of the interval.
-
-    Returns:
-        The ratio of the first to the second; its uncertainty is nan for fewer than three pairs.
-    """
-    log_ratio, degrees = math.log(np.std(first) / np.std(second)), len(first) - 2
-    if degrees < 1:
-        return SpreadRatio(Estimate(log_ratio, math.nan, math.nan, level), math.nan, math.nan, math.nan)
-    unexplained = max(1 - np.corrcoef(first, second)[0, 1] ** 2, np.finfo(float).tiny)
-    error = math.sqrt(unexplained / degrees)  # sinh(log ratio) / error has Student's distribution
-    half_width = np.arcsinh(stats.t.ppf((1 + level) / 2, degrees) * error)
-    low, high = np.exp([log_ratio - half_width, log_ratio + half_width])
-    p_value = float(2 * stats.t.sf(abs(np.sinh(log_ratio)) / error, degrees))
-    return SpreadRatio(Estimate(log_ratio, error, degrees, level), float(low), float(high), p_value)
-
-
 # --- Many tests at once ---
 
 
@@ -200,47 +165,3 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     scaled = p_values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return adjusted
-
-
-# --- Aggregates over runs, as rliable defines them (Agarwal et al. 2021) ---
-
-
-def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """Mean of the runs of all tasks without the lowest and the highest quarter: of ``(..., tasks, S)``, ``(...)``."""
-    return stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
-
-
-def probability_of_improvement(errors: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Probability that a run has a lower error than one of the reference, ties counting half; the mean over tasks.
-
-    Args:
-        errors: ``(..., tasks, S)``; infinite for a run that failed.
-        reference: ``(..., tasks, R)``.
-
-    Returns:
-        ``(...)``.
-    """
-    errors, reference = errors[..., :, None], reference[..., None, :]
-    return ((errors < reference) + 0.5 * (errors == reference)).mean(axis=(-3, -2, -1))
-
-
-def stratified_interval(
-    statistic: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap that resamples the runs of each task: rliable's interval, from ``REPLICATES`` replicates.
-
-    Args:
-        statistic: Called with all replicates of the arrays at once, ``(B, tasks, S)`` each; returns ``(B,)``.
-        arrays: ``(tasks, S)`` each, resampled independently.
-        seed: Of the resampling.
-        level: Of the interval.
-    """
-    random = np.random.default_rng(seed)
-
-    def resample(runs: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(runs, random.integers(runs.shape[1], size=runs.shape), axis=1)
-
-    replicates = [[resample(runs) for runs in arrays] for _ in range(REPLICATES)]
-    values = statistic(*map(np.stack, zip(*replicates, strict=True)))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-    return float(low), float(high)

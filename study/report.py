@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,27 +12,29 @@ import pandas as pd
 
 from data.audit import audit
 from reporting.page import Section, format_cell, html_page, html_table, markdown_page, markdown_table
-from study.analysis import PRIMARY, Results, Tables, analyse
-from study.cells import short_name, split_dataset
-from study.figures import CAPTIONS, LABELS, draw_figures
+from study.analysis import POOLED, Tables, analyse
+from study.cells import parse_name, short_name, split_dataset, training_rows
+from study.figures import CAPTIONS, draw_figures
 from study.grid import Datasets, Grid
-from utils import atomic_write
+from study.horizons import RULE
+from study.metrics import Results, find_metrics
+from study.tuning import Tuning, sensitivity_table
+from utils import Origin, atomic_write
 
 LIMITS = (
     "Datasets are fixed effects: each has its own interval, and a mean over them claims nothing beyond them.",
-    "Intervals hold seeds and test trajectories to be crossed random factors (bootstrap of both, t quantiles with "
-    "Satterthwaite's degrees of freedom); with few seeds they rest on few degrees of freedom, and on the log errors "
-    "being roughly normal over seeds.",
-    "All seeds share one split into trajectories: another split would move the errors, of all arms alike.",
-    "p-values are adjusted by Holm's method over all datasets and pairs of arms of one metric, not over metrics.",
-    "The spread over seeds is compared by Pitman's and Morgan's test, which needs large differences at five seeds.",
-    "A training that failed counts as the worst in the probability of improvement and the interquartile mean, has its "
-    "column in the table of stability, and has no ratio.",
+    "Intervals of errors hold seeds and test trajectories to be crossed random factors (bootstrap of both, t quantiles "
+    "with Satterthwaite's degrees of freedom). Those of rank correlations, AUROC, calibration and shares hold for "
+    "these very test trajectories: only seeds are random.",
+    "Verdicts are dataset by dataset and metric by metric, and are not adjusted for how many there are.",
+    "Learning rates and horizons are chosen with one trial each, on the validation trajectories of the first split; "
+    "with further splits these may be among those that test.",
+    "A training that failed has no ratio: it is counted in the table of stability, and takes its pair with it.",
 )
-_ALPHA = 0.05
 ANSWERS_INTRO = (
-    "Ratios of paired errors, mean over datasets with 95 % interval, below 1 where the first of the two is better; and "
-    f"on how many datasets it is clearly better or worse (Holm-adjusted p < {_ALPHA})."
+    "On how many datasets an arm is better than the first one, worse, or tied with it: a difference counts when its "
+    "95 % interval leaves the margin (5 % of an error; see the metrics), a tie when the interval stays inside. Behind "
+    "it the mean over datasets and its range over them; ratios below 1 are lower errors."
 )
 _HEADINGS = {"horizon": "steps"}
 _WIDE_FIGURES = """.figures { display: block; }
@@ -65,14 +68,14 @@ class StudyFacts:
 
 
 def write_study(
-    folder: Path, results: Results, rates: pd.DataFrame, grid: Grid, datasets: Datasets, command: str
+    folder: Path, results: Results, tuning: Tuning, grid: Grid, datasets: Datasets, command: str
 ) -> list[Path]:
     """Analyses the cells that are done, and writes tables, figures and report into the folder of the study.
 
     Args:
         folder: Folder of the study.
         results: Results of the cells that are done.
-        rates: Learning rates, as ``grid.choose_rates`` returns them.
+        tuning: Learning rates and horizons.
         grid: The grid that was asked for.
         datasets: Datasets by name.
         command: Command line that made the study.
@@ -85,10 +88,10 @@ def write_study(
     """
     if all(result.failure is not None for result in results.values()):
         raise FileNotFoundError(f"{folder} has no cell whose training has succeeded: nothing to compare")
-    tables = analyse(results)
+    tables = analyse(results, tuning.horizon) | {"sensitivity": sensitivity_table(tuning.rates)}
     files = [save_table(table, folder / f"{name}.csv") for name, table in tables.items()]
     facts = gather_facts(results, grid, datasets, command)
-    return files + write_report(folder, facts, tables | {"learning_rates": rates})
+    return files + write_report(folder, facts, tables | {"learning_rates": tuning.rates, "horizons": tuning.horizons})
 
 
 def save_table(table: pd.DataFrame, path: Path) -> Path:
@@ -101,9 +104,9 @@ def save_table(table: pd.DataFrame, path: Path) -> Path:
 def gather_facts(results: Results, grid: Grid, datasets: Datasets, command: str) -> StudyFacts:
     """Returns what the report says of the study beside its numbers; arguments are those of ``write_study``."""
     names = [short_name(name) for name in datasets]
-    outcomes = [result.record.outcome for result in results.values()]
-    failed = sum(outcome.failure is not None for outcome in outcomes)
-    hours = sum(outcome.seconds for outcome in outcomes) / 3600
+    failed = sum(result.failure is not None for result in results.values())
+    hours = sum(result.record.seconds for result in results.values()) / 3600
+    splits = f"{len(grid.split_seeds)} splits, " if len(grid.split_seeds) > 1 else ""
     settings = [
         {"setting": key} | {arm: str(value) for arm, value in by_arm.items()}
         for key, by_arm in grid.differences().items()
@@ -112,13 +115,26 @@ def gather_facts(results: Results, grid: Grid, datasets: Datasets, command: str)
     origin = pd.DataFrame([{"code": origin.git_commit, **origin.versions} for origin in origins])
     return StudyFacts(
         title=f"{', '.join(grid.arms)} on {', '.join(names)}",
-        lead=f"{len(results)} of {len(grid)} runs ({len(grid.arms)} arms, {len(names)} datasets, {grid.seeds} seeds), "
+        lead=unclean_text(results)
+        + f"{len(results)} of {len(grid)} runs ({len(grid.arms)} arms, {len(names)} datasets, {splits}"
+        f"{grid.seeds} seeds), "
         f"{failed} of which failed; {hours:.1f} hours of training and evaluation with {grid.threads} threads.",
         command=command,
         differences=pd.DataFrame(settings, columns=["setting", *grid.arms]),
-        datasets=datasets_table(datasets, grid.split_seed),
+        datasets=datasets_table(datasets, grid.split_seeds[0]),
         origin=origin.value_counts(dropna=False).rename("cells").reset_index(),
     )
+
+
+def is_unclean(origin: Origin) -> bool:
+    """Whether a result was made while files differed from their commit, or outside a repository."""
+    return origin.git_commit is None or origin.git_commit.endswith("+")
+
+
+def unclean_text(results: Results) -> str:
+    """Says how many cells cannot be published; empty where all can."""
+    unclean = sum(is_unclean(result.record.origin) for result in results.values())
+    return f"Not for publication: {unclean} cells are of code that no commit has. " if unclean else ""
 
 
 def datasets_table(datasets: Datasets, split_seed: int) -> pd.DataFrame:
@@ -127,7 +143,11 @@ def datasets_table(datasets: Datasets, split_seed: int) -> pd.DataFrame:
     for name, dataset in datasets.items():
         split = split_dataset(dataset, split_seed)
         row = {"dataset": short_name(name), "transitions": dataset.num_transitions, "sha256": dataset.sha256[:16]}
-        for part, indices in (("training", split.train), ("validation", split.holdout), ("test", split.test)):
+        train = training_rows(dataset, split, parse_name(name).rows, split_seed)
+        row["training"] = (
+            f"{len(train)} in {len(split.train)} trajectories" if parse_name(name).rows is None else f"{len(train)}"
+        )
+        for part, indices in (("validation", split.holdout), ("test", split.test)):
             size = sum(dataset.trajectories[index].num_transitions for index in indices)
             row[part] = f"{size} in {len(indices)} trajectories"
         row["audit"] = ", ".join(f"{found.name}: {found.count:,}" for found in audit(dataset)) or "nothing found"
@@ -141,7 +161,7 @@ def write_report(folder: Path, facts: StudyFacts, tables: Tables) -> list[Path]:
     Args:
         folder: Folder that the files go to.
         facts: What the report says of the study beside its numbers.
-        tables: Tables of ``analyse``, and ``learning_rates``.
+        tables: Tables of ``analyse``, ``sensitivity``, ``learning_rates`` and ``horizons``.
 
     Returns:
         The files.
@@ -164,103 +184,142 @@ def write_report(folder: Path, facts: StudyFacts, tables: Tables) -> list[Path]:
 
 
 def answers(paired: pd.DataFrame) -> pd.DataFrame:
-    """Returns the answer of a study as a table of text: a line per primary metric, a column per pair of arms.
-
-    Each entry has the mean ratio over datasets with its interval, and on how many datasets the difference is clear.
+    """Returns the answer of a study as a table of text: a line per metric, a column per arm against the first one.
 
     Args:
         paired: Table of ``analysis.paired_table``.
     """
-    lines = []
-    for metric, of_metric in paired.groupby("metric", sort=False):
-        line = {"": LABELS[metric]}
+    lines, metrics = [], find_metrics(paired.metric)
+    for name, metric in metrics.items():
+        of_metric = paired[(paired.metric == name) & (paired.reference == paired.reference.iloc[0])]
+        line = {"": metric.label}
         for (arm, reference), rows in of_metric.groupby(["arm", "reference"], sort=False):
-            is_clear = rows.p_holm < _ALPHA
-            better, worse = (is_clear & (rows.ratio < 1)).sum(), (is_clear & (rows.ratio > 1)).sum()
-            ratio = interval_text(rows.iloc[-1].drop("p_holm"), "ratio")  # the mean over datasets is the last line
-            line[f"{arm} / {reference}"] = f"{ratio}; better on {better}, worse on {worse} of {len(rows) - 1}"
+            counts = rows[rows.dataset != POOLED].verdict.value_counts(sort=False)
+            said = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
+            (pooled,) = rows[rows.dataset == POOLED].to_dict("records")
+            numbers = [format_cell(pooled[column]) for column in ("effect", "least", "most")]
+            line[f"{arm} / {reference}"] = f"{said}; {numbers[0]} ({numbers[1]} to {numbers[2]})"
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("-")
+
+
+def by_dataset(paired: pd.DataFrame) -> pd.DataFrame:
+    """Returns what was found as a table of text: a line per metric and dataset, a column per arm against the first one.
+
+    Args:
+        paired: Table of ``analysis.paired_table``.
+    """
+    rows = paired[(paired.reference == paired.reference.iloc[0]) & (paired.dataset != POOLED)]
+    return side_by_side(rows, "effect", rows.arm + " / " + rows.reference)
 
 
 def build_sections(facts: StudyFacts, tables: Tables) -> list[Section]:
     """Returns the parts of the report in reading order."""
-    primary = " ".join(f"({number}) {text}." for number, text in enumerate(PRIMARY.values(), 1))
-    errors = side_by_side(tables["values"], "value", tables["values"].arm)
-    ratios = side_by_side(tables["paired"], "ratio", tables["paired"].arm + " / " + tables["paired"].reference)
-    edge = rates_at_the_edge(tables["learning_rates"])
-    improvement = tables["improvement"]
+    paired, values, figures = tables["paired"], tables["values"], ["sensitivity"]
+    margins = pd.DataFrame(
+        [
+            {"metric": metric.label, "is": metric.meaning, "compared by": "ratio" if metric.is_ratio else "difference"}
+            | {"margin": metric.margin, "better": {-1: "lower", 1: "higher", 0: "neither"}[metric.better]}
+            for metric in find_metrics(paired.metric).values()
+        ]
+    )
     return [
         Section(
             "What is compared",
-            f"Primary metrics, named before any figure: {primary} All in normalised units, lower is better.",
-            tables={"Settings in which arms differ": facts.differences, "Datasets": facts.datasets},
-            details={"Learning rates and their trials": tables["learning_rates"]},
+            "Errors are in normalised units (1 is a typical change in one step).",
+            tables={"Settings in which arms differ": facts.differences, "Datasets": facts.datasets, "Metrics": margins},
         ),
         Section(
-            "Which is better, and by how much",
-            "Ratios are of paired runs (same seed, same trajectories): below 1 the arm is better than its reference. "
-            f"Brackets are 95 % intervals, * a Holm-adjusted p below {_ALPHA}.",
-            figures=["ratios"],
-            tables={"Ratios": ratios, "Errors: geometric mean over seeds; SD over seeds": errors},
-            details={"Ratios, one by one": tables["paired"]},
+            "Dataset by dataset",
+            "Each arm against the first one, in pairs of runs with the same seed and trajectories: ratio or "
+            "difference, 95 % interval, and what it means.",
+            figures=["effects"],
+            tables={"Effects": by_dataset(paired), "Values": side_by_side(values, "value", values.arm)},
+            details={"All pairs of arms": paired},
         ),
-        Section("Long rollouts", figures=["horizon"]),
-        Section("Calibration", figures=["calibration"]),
+        Section(
+            "Long rollouts",
+            f"Horizons were chosen before any test: {RULE}.",
+            figures=["horizon"],
+            tables={"Horizons": tables["horizons"]},
+        ),
+        Section(
+            "Uncertainty",
+            "How well measures of uncertainty order rows by their error: means over runs.",
+            figures=["calibration"],
+            details={"Every measure": tables["uncertainty"]},
+        ),
         Section(
             "Stability",
-            "jitter: mean rise of log validation error from one epoch to the next, falls counting 0. worst to median: "
-            "errors of single members. exploded: share of tsinf paths that by the horizon of the primary metric have "
-            "left the data's range by more than its width.",
+            "Spread is of logs: 0.05 is 5 %. Of members it is robust; of ensembles it follows from their members by "
+            "the jackknife, and over seeds it is as observed. A stray member errs more than twice the median. jitter: "
+            "mean rise of log validation error from one epoch to the next, falls counting 0.",
             figures=["stability"],
-            tables={"Means over seeds": tables["stability"]},
+            tables={"Stability": tables["stability"]},
         ),
         Section(
-            "Over all runs",
-            "Unpaired, as rliable defines them (Agarwal et al. 2021): the interquartile mean of errors, each over its "
-            "dataset's geometric mean, and the probability that a run of the arm beats a run of the reference.",
-            tables={
-                "Interquartile mean": side_by_side(tables["aggregates"], "iqm", tables["aggregates"].arm),
-                "Probability of improvement": side_by_side(
-                    improvement, "probability", improvement.arm + " over " + improvement.reference
-                ),
-            },
+            "Learning rates",
+            "below and above: validation error at the neighbouring candidates over that at the chosen rate. "
+            + rates_at_the_edge(tables["sensitivity"]),
+            figures=figures if "val_mse" in tables["learning_rates"] else [],
+            tables={"How forgiving each arm is": tables["sensitivity"]},
+            details={"All trials": tables["learning_rates"]},
         ),
-        Section("What this does not show", " ".join(filter(None, (*LIMITS, edge)))),
-        Section("How it was made", facts.command, tables={"Origin of the cells": facts.origin}),
+        *policy_sections(tables),
+        Section("What this does not show", " ".join(LIMITS)),
+        Section(
+            "How it was made",
+            facts.command,
+            tables={"Origin of the cells": facts.origin},
+            details={"What it took": tables["timings"]},
+        ),
     ]
 
 
-def rates_at_the_edge(trials: pd.DataFrame) -> str:
+def policy_sections(tables: Tables) -> list[Section]:
+    """Returns the part about policies; none where no cell has evaluated any."""
+    if "policies" not in tables:
+        return []
+    return [
+        Section(
+            "Does it matter downstream?",
+            "What policies are worth in the models beside what they earn in the simulator: errors of values over the "
+            "range of true ones. The propagation simulator shows what the shared reward model alone is to blame for.",
+            tables={"By arm": tables["policies"], "Which metric foresees the error": tables["policies_foreseen"]},
+            details={
+                "Arms in pairs": tables["policies_paired"],
+                "TS1 against TSinf": tables["policies_propagations"],
+            },
+        )
+    ]
+
+
+def rates_at_the_edge(sensitivity: pd.DataFrame) -> str:
     """Says which arms learn at the lowest or the highest of their candidate rates: a better one may lie beyond."""
-    chosen = trials[trials["is_chosen"]].groupby("arm", sort=False)["fit_lr"].first()
-    candidates = trials.groupby("arm", sort=False)["fit_lr"]
-    at_edge = chosen.index[(chosen == candidates.min()[chosen.index]) | (chosen == candidates.max()[chosen.index])]
-    if at_edge.empty:
-        return ""
-    rates = ", ".join(f"{arm} {chosen[arm]:g}" for arm in at_edge)
-    return f"Learning rates at the edge of the candidates, beyond which a better one may lie: {rates}."
+    rows = sensitivity[sensitivity.is_edge]
+    rates = ", ".join(f"{row.arm} on {row.dataset} {row.fit_lr:g}" for row in rows.itertuples())
+    return f"Rates at the edge of what was tried, beyond which a better one may lie: {rates}." if rates else ""
 
 
 def side_by_side(table: pd.DataFrame, name: str, columns: pd.Series) -> pd.DataFrame:
-    """Returns values with their intervals as text: a line per metric and dataset, a column per arm or pair of arms.
+    """Returns numbers with their intervals as text: a line per metric and dataset, a column per arm or pair of arms.
 
     Args:
-        table: metric, dataset (may be missing), low, high, p_holm (may be missing), and the value.
-        name: Name of the value's column.
+        table: metric, dataset, low, high, verdict (may be missing), and the number.
+        name: Name of the number's column.
         columns: For each row of the table, the name of the column that it goes to.
     """
+    labels = {metric: found.label for metric, found in find_metrics(table.metric).items()}
     text = table.apply(lambda row: interval_text(row, name), axis=1) if len(table) else []
-    rows = [place for place in ("metric", "dataset") if place in table]
-    wide = table.assign(metric=table.metric.map(LABELS), text=text, column=columns).pivot_table(
-        index=rows, columns="column", values="text", aggfunc="first", sort=False
+    wide = table.assign(metric=table.metric.map(labels), text=text, column=columns).pivot_table(
+        index=["metric", "dataset"], columns="column", values="text", aggfunc="first", sort=False
     )
     return wide.rename_axis(columns=None).reset_index()
 
 
-def interval_text(row: pd.Series, name: str) -> str:
-    """Formats a value, its interval where it has one, and a star where it is significant."""
+def interval_text(row: Mapping[str, object], name: str) -> str:
+    """Formats a number, its interval where it has one, and what that means."""
     text = format_cell(row[name])
-    if not np.isnan(row.get("low", np.nan)):
-        text += f" [{format_cell(row.low)}, {format_cell(row.high)}]"
-    return text + (" *" if row.get("p_holm", np.nan) < _ALPHA else "")
+    if not np.isnan(row["low"]):
+        text += f" [{format_cell(row['low'])}, {format_cell(row['high'])}]"
+    return " ".join(filter(None, (text, row.get("verdict", ""))))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from study.cells import Cell, Result
+from study.cells import FORMAT, Cell, Result, check_format
 from study.store import CellStore
 from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri
 from tracking.trackers import warn
@@ -28,8 +28,19 @@ def open_study(store: CellStore, command: str, params: dict[str, Any]) -> StudyT
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         tracker = StudyTracker(store.folder.name, record.get("mlflow_run_id"), params)
         with atomic_write(path, "w") as file:
-            json.dump({"command": command, "mlflow_run_id": tracker.run_id}, file, indent=2)
+            json.dump({"format": FORMAT, "command": command, "mlflow_run_id": tracker.run_id}, file, indent=2)
     return tracker
+
+
+def check_study(folder: Path) -> None:
+    """Checks that this version can go on with the study in a folder, if there is one.
+
+    Raises:
+        InputError: If another version made it.
+    """
+    path = folder / "study.json"
+    if path.exists():
+        check_format(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
 def study_command(folder: Path) -> str:
@@ -91,7 +102,7 @@ class StudyTracker:
                 return
             run = self._mlflow.create_run(
                 self._experiment,
-                start_time=now - int(1000 * result.record.outcome.seconds),
+                start_time=now - int(1000 * result.record.seconds),
                 run_name=cell.name,
                 tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
             )
