@@ -289,12 +289,15 @@ def results_text(facts: EvaluationFacts, summary: dict[str, float], horizons: li
     """Returns the headline numbers, and what to open next, as text."""
     lines = [
         f"one step   nRMSE {summary['nrmse']:.3f} (no change {summary['nrmse_no_change']:.3f}), R2 {summary['r2']:.3f}",
+        f"           a typical row is off by {summary['median_error']:.3f}",
         f"likelihood NLL {summary['nll_mixture']:.3f} nats, CRPS {summary['crps_mixture']:.4f}",
         f"90% band   covers {summary['coverage_90_raw']:.1%} as predicted",
     ]
     reached = [step for step in horizons if f"error_tsinf_{step}" in summary]
     errors = ", ".join(f"{summary[f'error_tsinf_{step}']:.3g} at {step}" for step in reached)
     lines.append(f"open loop  median tsinf error {errors} steps")
+    kept = summary["half_skill_horizon_tsinf"]
+    lines.append(f"           half of the skill against the mean training state is kept for {kept:.0f} steps")
     lines += ["errors in units of each dimension's typical change per step in the training rows", *facts.notes]
     return "\n".join([*lines, f"report {folder / 'report.html'}"])
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from evaluation.rollout_tables import half_skill_horizon
 from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, png
 
 PROPAGATIONS = {"tsinf": (BLUE, "-"), "ts1": (ORANGE, "--"), "mean": (GREEN, "-.")}
@@ -33,6 +34,7 @@ def draw_figures(tables: dict[str, pd.DataFrame]) -> dict[str, bytes]:
             "one_step": draw_one_step(tables["one_step"]),
             "ensemble_size": draw_ensemble_size(tables["ensemble_size"]),
             "rollout_error": draw_rollout_error(tables["rollout"]),
+            "rollout_skill": draw_rollout_skill(tables["rollout"]),
             "rollout_astray": draw_rollout_astray(tables["rollout"]),
             "rollout_coverage": draw_rollout_coverage(tables["rollout_coverage"]),
             "reliability": draw_reliability(tables["reliability"]),
@@ -121,13 +123,34 @@ def draw_rollout_error(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def draw_rollout_skill(table: pd.DataFrame) -> Figure:
+    """Skill against the mean training state, free and clamped, with the steps for which half of it is kept."""
+    figure, axes = _panel("How long does the skill last?", "steps", "skill against the mean state")
+    by_name = dict(list(table.groupby("propagation")))
+    for name, (colour, line) in PROPAGATIONS.items():
+        rows, kept = by_name[name], half_skill_horizon(by_name[name].skill)
+        axes.plot(rows.horizon, rows.skill, line, color=colour, label=f"{name}: half kept for {kept}")
+        if kept:
+            axes.plot(kept, rows.skill.iloc[kept - 1], "o", ms=5, color=colour)
+        if f"{name}_clamped" in by_name:
+            clamped = by_name[f"{name}_clamped"]
+            axes.plot(clamped.horizon, clamped.skill, ":", lw=1.2, color=colour, label=f"{name}, clamped")
+    axes.plot(by_name["no_change"].horizon, by_name["no_change"].skill, color=GREY, lw=1, label="no change")
+    axes.axhline(0, color=DARK, lw=1)
+    axes.set(xscale="log", ylim=(-0.55, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _plain_log_ticks(axes, table.horizon.max())
+    _legend_above(axes, columns=3)
+    return figure
+
+
 def draw_rollout_astray(table: pd.DataFrame) -> Figure:
-    """Share of the simulated paths that left the data's range, and that exploded."""
-    figure, axes = _panel("Rollouts that leave the data", "steps", "share of paths")
-    for name, (colour, _) in PROPAGATIONS.items():
+    """Share of the simulated paths that left the data's range, thin, and that exploded."""
+    figure, axes = _panel("Rollouts that leave the data or explode", "steps", "share of paths")
+    for name, (colour, line) in PROPAGATIONS.items():
         rows = table[table.propagation == name]
-        axes.plot(rows.horizon, rows.left_range, "-", color=colour, lw=1.2, label=f"{name}: left the range")
-        axes.plot(rows.horizon, rows.exploded, "--", color=colour, label=f"{name}: exploded")
+        axes.plot(rows.horizon, rows.left_range, line, color=colour, lw=0.8, alpha=0.7, label=f"{name}: left the range")
+        axes.plot(rows.horizon, rows.exploded, line, color=colour, lw=2.2, label=f"{name}: exploded")
     axes.set(xscale="log", ylim=(-0.02, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _plain_log_ticks(axes, table.horizon.max())
@@ -195,7 +218,7 @@ def draw_coverage(table: pd.DataFrame) -> Figure:
             axes.plot(np.arange(len(rows)) + shift, rows.coverage_90, marker, ms=4, color=colour, label=label)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _name_dimensions(axes, dimensions)
-    axes.legend()
+    _legend_above(axes, columns=2)
     return figure
 
 

@@ -178,6 +178,7 @@ UNITS = (
 )
 
 _CARD_HORIZON = 25
+_SHOWN_PROPAGATIONS = ("tsinf", "tsinf_clamped", "ts1", "mean", "mean_clamped", "mean_state", "no_change")
 
 HEADINGS = {
     "rmse": "nRMSE",
@@ -198,6 +199,9 @@ HEADINGS = {
     "q90": "90 %",
     "no_change": "no change",
     "horizon": "steps",
+    "skill_no_change": "skill, no change",
+    "energy_score": "energy score",
+    "left_range": "left the range",
 }
 CAPTIONS = {
     "one_step": "Root mean squared error of the predicted next state; lower is better. The bar spans the single "
@@ -208,13 +212,17 @@ CAPTIONS = {
     "keeps one member per path, ts1 changes it every step, mean feeds back the average; a grey line is one member by "
     "itself. Where a line crosses 'no change', guessing that nothing moves is as good. Start points whose trajectory "
     "has ended drop out: see their number in the table.",
-    "rollout_astray": "Share of simulated paths that have left the range of the recorded states (by more than a "
-    "twentieth of its width, in any dimension), and of those that have gone farther outside than the range is wide.",
+    "rollout_skill": "Share of the error of predicting the mean training state that is spared: 100 % is perfect; at 0 "
+    "the forecast knows no more of where it is, and below it misleads. Dots end the steps for which half of the first "
+    "step's skill is kept. Clamped: each state is kept within the data's range, widened by half its width.",
+    "rollout_astray": "Share of simulated paths that have left the range of the recorded states by more than a "
+    "twentieth of its width, in any dimension (thin), or exploded: gone farther out than it is wide (thick).",
     "rollout_coverage": "Share of true states inside the 90 % band of the forecast, over dimensions and start points, "
     "with two standard errors (clustered by trajectory). Below the dotted line the model is surer than it may be. "
     "Recalibrated: one factor per dimension and horizon, fitted on other trajectories.",
     "reliability": "How often the truth falls in the central interval that promises to hold it. Below the dotted "
-    "line intervals are too narrow (overconfident), above it too wide.",
+    "line intervals are too narrow (overconfident), above it too wide. Recalibrated: by one factor per dimension, or "
+    "by isotonic regression, which mends any shape (Kuleshov et al. 2018), each fitted on other trajectories.",
     "pit": "Each truth is placed in its predicted distribution. Flat is calibrated; a hump in the middle means too "
     "wide, a U shape too narrow, a slope means a bias.",
     "coverage": "The same at one level, dimension by dimension: a good average can hide dimensions that are too sure "
@@ -252,7 +260,8 @@ def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> lis
         Card(
             "one-step nRMSE",
             shown["nrmse"],
-            f"linear regression {shown.get('nrmse_linear', '-')}, no change {shown['nrmse_no_change']}",
+            f"a typical row {shown['median_error']}; linear regression {shown.get('nrmse_linear', '-')}, "
+            f"no change {shown['nrmse_no_change']}",
         ),
         Card("CRPS of the mixture", shown["crps_mixture"], f"NLL {shown['nll_mixture']} nats"),
         Card(
@@ -262,7 +271,8 @@ def headline_cards(summary: Mapping[str, float], horizons: Sequence[int]) -> lis
         ),
     ]
     for step in [step for step in horizons if f"error_tsinf_{step}" in shown and step <= _CARD_HORIZON][-1:]:
-        reading = f"tsinf, median; {summary[f'exploded_tsinf_{step}']:.0%} exploded"
+        skill, exploded = (f"{summary[f'{name}_tsinf_{step}']:.0%}" for name in ("skill", "exploded"))
+        reading = f"tsinf, median; skill {skill}; {exploded} of paths exploded"
         cards.append(Card(f"error after {step} steps", shown[f"error_tsinf_{step}"], reading))
     reading = "steps at which the 90 % band of tsinf holds"
     cards.append(Card("calibrated horizon", shown["calibrated_horizon_tsinf_raw"], reading))
@@ -279,7 +289,7 @@ def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
     }
     rollout, coverage = (tables[name][tables[name].horizon.isin(horizons)] for name in ("rollout", "rollout_coverage"))
     by_name = dict(list(rollout.groupby("propagation")))
-    shown = pd.concat([by_name[name] for name in ("tsinf", "ts1", "mean", "no_change")])
+    shown = pd.concat([by_name[name] for name in _SHOWN_PROPAGATIONS]).drop(columns=["trajectories", "q10", "q90"])
     sections = [
         Section(
             "One step ahead",
@@ -292,7 +302,7 @@ def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
             "Open-loop rollouts",
             "How far ahead can the model be trusted? The calibrated horizon counts the steps for which the 90 % band "
             "covers at least 90 % minus two standard errors.",
-            ["rollout_error", "rollout_astray", "rollout_coverage"],
+            ["rollout_error", "rollout_skill", "rollout_astray", "rollout_coverage"],
             {"Calibrated horizon": tables["calibrated_horizon"], "Error by horizon": shown},
             {
                 "Single members": rollout[rollout.propagation.str.startswith("member_")],
@@ -304,7 +314,8 @@ def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
             "Likelihood and calibration",
             "Is the uncertainty of the right size? Deterministic members are given the variance of their training "
             "residuals. Mixture: over members; gaussian: of the same mean and variance; recalibrated: that Gaussian "
-            "with one factor per dimension, fitted on other trajectories than it is scored on.",
+            "with one factor per dimension, fitted on other trajectories than it is scored on; isotonic: by isotonic "
+            "regression, likewise, which leaves no density and so no NLL. Sharpness: predicted deviation.",
             ["reliability", "pit", "coverage"],
             {"Likelihood": overall["likelihood"], "Calibration": overall["calibration"]},
             {
@@ -318,7 +329,7 @@ def measured_sections(tables: Tables, horizons: Sequence[int]) -> list[Section]:
             "A planner needs uncertainty that is large where errors are large. Measures: max_pairwise (MOReL), "
             "ensemble_std, max_aleatoric (MOPO), total_std.",
             ["usefulness", "risk_coverage", "parts"],
-            {"Measures of disagreement against the true error": tables["uncertainty"]},
+            {"Measures of disagreement against the true error": tables["uncertainty"].drop(columns="rows")},
             {"Parts of the uncertainty by dimension": tables["parts"]},
         ),
     ]

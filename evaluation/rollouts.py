@@ -357,8 +357,6 @@ def validation_skill(
         {
             "horizon": reached,
             "starts": np.count_nonzero(~np.isnan(forecast.distance), axis=1)[reached - 1],
-            "skill": skill(forecast, forecast_baselines(ensemble, rows, starts, max(horizons))["mean_state"])[
-                reached - 1
-            ],
+            "skill": by_step[reached - 1],
         }
     )

@@ -21,6 +21,22 @@ def test_exploded_rollouts_do_not_flatten_the_figure():
     figures.draw_rollout_error(table)  # nothing finite to draw is no error
 
 
+def test_the_skill_that_is_half_kept_is_marked():
+    table = pd.DataFrame({"horizon": [1, 2, 3], "skill": [0.8, 0.5, 0.1]})
+    names = ["tsinf", "ts1", "mean", "no_change", "tsinf_clamped"]
+    (axes,) = figures.draw_rollout_skill(pd.concat([table.assign(propagation=name) for name in names])).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == [
+        "tsinf: half kept for 2",
+        "tsinf, clamped",
+        "ts1: half kept for 2",
+        "mean: half kept for 2",
+        "no change",
+    ]
+    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert marks == [[[2, 0.5]]] * 3
+
+
 def test_many_dimensions_are_labelled_sparsely():
     _, axes = figures._panel("", "", "")
     figures._name_dimensions(axes, list(map(str, range(111))))

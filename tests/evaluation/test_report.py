@@ -11,6 +11,7 @@ from evaluation.selection import Model, Selection
 
 SUMMARY = {
     "nrmse": 0.5,
+    "median_error": 0.2,
     "nrmse_no_change": 1.0,
     "crps_mixture": 0.1,
     "nll_mixture": -1.0,
@@ -19,6 +20,7 @@ SUMMARY = {
     "calibrated_horizon_tsinf_raw": 7.0,
     **{f"error_tsinf_{step}": float(step) for step in (1, 10, 50)},
     **{f"exploded_tsinf_{step}": 0.25 for step in (1, 10, 50)},
+    **{f"skill_tsinf_{step}": 0.5 for step in (1, 10, 50)},
 }
 
 
@@ -104,7 +106,7 @@ def test_a_report_is_written_whole_and_replaces_an_earlier_one(facts_of, tmp_pat
 
 def test_cards_show_the_last_horizon_up_to_25_and_leave_out_what_is_unknown():
     cards = {card.name: card for card in headline_cards(SUMMARY, [1, 10, 50])}
-    assert cards["error after 10 steps"][1:] == ("10", "tsinf, median; 25% exploded")
+    assert cards["error after 10 steps"][1:] == ("10", "tsinf, median; skill 50%; 25% of paths exploded")
     assert cards["90 % interval covers"].value == "87.6%"
     assert "recalibrated -" in cards["90 % interval covers"].reading
     assert "linear regression -" in cards["one-step nRMSE"].reading
