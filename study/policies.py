@@ -98,17 +98,14 @@ def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: P
         InputError: If there are policies, but not the packages to simulate them.
     """
     task = TASKS.get(dataset.env_name)
-    files = sorted((policies / snapshot_folder(dataset.env_name)).glob("*.npz")) if task else []
-    if not files:
-        return None
-    if input_dim(files[0]) != dataset.state_dim:
-        return None  # the dataset hides a part of the state
+    snapshots = load_snapshots(dataset.env_name, policies) if task else {}
+    if not snapshots or StackedPolicies(list(snapshots.values())).state_dim != dataset.state_dim:
+        return None  # where the dataset hides a part of the state, policies cannot act on the rest
     if missing := [name for name in SIMULATOR_PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(
             f"dataset {dataset.name!r} has policies to evaluate in {dataset.env_name}, which needs {missing[0]}: pip "
             "install 'gymnasium[mujoco]'"
         )
-    snapshots = {file.stem: SquashedGaussianPolicy.load(file, dataset.env_name, dataset.state_dim) for file in files}
     random = np.random.default_rng(SEED)
     copies = {f"{name}-perturbed": perturb(each, PERTURBATION, random) for name, each in snapshots.items()}
     everyone = snapshots | copies
@@ -116,14 +113,14 @@ def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: P
     noise = float(source_attributes(dataset.name).get("process_noise", 0.0))
     made_from = {
         "dataset": dataset.sha256,
-        "rows": hashlib.sha256(rows.states.tobytes()).hexdigest(),
-        "policies": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "rows": digest(rows.states, rows.actions),
+        "policies": {name: digest(*each.arrays.values()) for name, each in everyone.items()},
         "process_noise": noise,
         "settings": [PERTURBATION, STARTS, STEPS, SEED, _REWARD.to_dict()],
         "versions": [importlib.metadata.version(name) for name in SIMULATOR_PACKAGES],
     }
-    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    place = folder / f"{Path(dataset.name).stem}-{digest}"
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    place = folder / f"{Path(dataset.name).stem}-{key}"
     reward = shared_reward(task, rows, place.with_suffix(".pkl"))
     path = place.with_suffix(".npz")
     if not path.exists():
@@ -132,6 +129,12 @@ def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: P
         )
         write_truths(truths, path)
     return PolicyBench(stacked, read_truths(path), task, reward, widened_range(rows))
+
+
+def load_snapshots(env_name: str | None, policies: Path = POLICIES) -> dict[str, SquashedGaussianPolicy]:
+    """Returns the snapshots of an environment's policies by name, in the order of their training; empty without any."""
+    files = sorted((policies / snapshot_folder(env_name)).glob("*.npz")) if env_name else []
+    return {file.stem: SquashedGaussianPolicy.load(file, env_name, input_dim(file)) for file in files}
 
 
 def snapshot_folder(env_name: str) -> str:
@@ -143,6 +146,11 @@ def input_dim(file: Path) -> int:
     """Returns the length of the observations that a policy acts on."""
     with np.load(file, allow_pickle=False) as arrays:
         return arrays["weight_0"].shape[1]
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Returns a checksum of arrays."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
 def widened_range(transitions: Transitions) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,16 @@
 """Analysis of what models say that policies are worth: errors of arms compared, and which metric foresees them.
 
-All functions take the tables that ``policies.policy_table`` returned, by the place of their cell. Intervals are 95 %
-intervals; ratios are of paired errors, below 1 where the arm is better.
+All functions take the tables that ``policies.policy_table`` returned, by the place of their cell. Pairs are counted as
+in ``analysis.py``: in seeds, each the mean over splits. ``low`` and ``high`` are the limits of a 95 % interval; none is
+given from fewer than ``FEWEST_PAIRS`` seeds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +20,9 @@ from scipy import stats
 
 from evaluation.policy_values import SIMULATOR, score_values
 from study.cells import CellKey
+from study.metrics import Metric
 from study.paired_statistics import (
+    FEWEST_PAIRS,
     REPLICATES,
     Estimate,
     crossed_interval,
@@ -31,6 +35,14 @@ from study.paired_statistics import (
 PRIMARY = {"propagation": "tsinf", "horizon": "truncated"}  # of the values that are compared first
 POOLED = "all datasets"
 DEGREES = 1e9  # of freedom, where a standard error is taken as known
+VALUE_ERROR = Metric(
+    "value_error",
+    "error of values",
+    "mean absolute error of the values of policies, over the range of true ones",
+    lambda result, horizon: None,  # it has tables of its own
+)
+_PAIRED = ["metric", "dataset", "arm", "reference", "propagation", "horizon", "compared", "pairs", "policies"]
+_PAIRED += ["effect", "low", "high", "least", "most", "verdict"]
 
 PolicyTables = Mapping[CellKey, pd.DataFrame]
 """Tables that ``policy_table`` returned, by the place of their cell; cells without one are left out."""
@@ -57,7 +69,7 @@ def values_of_arms(tables: PolicyTables) -> pd.DataFrame:
     """Summarises the models of each arm on each dataset.
 
     Returns:
-        arm, dataset, propagation, horizon, runs, policies, error (geometric mean over runs) with low and high (runs
+        arm, dataset, propagation, horizon, seeds, policies, error (geometric mean over runs) with low and high (seeds
         crossed with policies), and the means over runs of spearman, regret and escaped.
     """
     models, records = values_of_models(tables), []
@@ -67,7 +79,7 @@ def values_of_arms(tables: PolicyTables) -> pd.DataFrame:
         records.append(
             {
                 **place._asdict(),
-                "runs": len(errors.by_run),
+                "seeds": len(errors.seeds),
                 "policies": errors.policies,
                 "error": math.exp(estimate.mean),
                 "low": math.exp(estimate.low),
@@ -82,25 +94,23 @@ def paired_values(tables: PolicyTables) -> pd.DataFrame:
     """Compares the errors of values of every two arms: models of the same seed and split, on the same policies.
 
     Returns:
-        metric (``value_error``), arm, reference, dataset (or ``all datasets``), propagation, horizon, pairs (of
-        models), policies, ratio, low, high (runs crossed with policies), p_value, p_holm (adjusted over
-        all datasets and pairs of arms of one propagation and horizon).
+        metric (``value_error``), dataset (or ``all datasets``), arm, reference, propagation, horizon, compared
+        (``ratio``), pairs (of seeds), policies, effect, low, high (seeds crossed with policies), least, most (over all
+        datasets only: the smallest and the largest effect), verdict (see ``Metric.verdict``).
     """
-    errors, rows = _log_errors(tables), []
+    errors, records = _log_errors(tables), []
     arms = dict.fromkeys(place.arm for place in errors)
     kinds = dict.fromkeys((place.propagation, place.horizon) for place in errors if place.propagation != SIMULATOR)
-    for reference, arm in itertools.combinations(arms, 2):
-        for propagation, horizon in kinds:
-            pairs = {
-                place.dataset: (own, errors[place._replace(arm=reference)])
-                for place, own in errors.items()
-                if (place.arm, place.propagation, place.horizon) == (arm, propagation, horizon)
-                and place._replace(arm=reference) in errors
-            }
-            named = {"metric": "value_error", "arm": arm, "reference": reference}
-            named |= {"propagation": propagation, "horizon": horizon}
-            rows += [named | record for record in _compare(pairs)]
-    return _adjusted(pd.DataFrame(rows))
+    for (reference, arm), kind in itertools.product(itertools.combinations(arms, 2), kinds):
+        pairs = {
+            own.dataset: (errors[own], errors[other])
+            for own in errors
+            if (own.arm, own.propagation, own.horizon) == (arm, *kind)
+            and (other := own._replace(arm=reference)) in errors
+        }
+        named = {"arm": arm, "reference": reference, **dict(zip(("propagation", "horizon"), kind, strict=True))}
+        records += [named | record for record in _compare(pairs)]
+    return pd.DataFrame(records, columns=_PAIRED)
 
 
 def paired_propagations(tables: PolicyTables) -> pd.DataFrame:
@@ -109,17 +119,16 @@ def paired_propagations(tables: PolicyTables) -> pd.DataFrame:
     Returns:
         As ``paired_values``; arm and reference are the same, and propagation is ``ts1``: its error over that of tsinf.
     """
-    errors, rows = _log_errors(tables), []
-    kinds = dict.fromkeys((place.arm, place.horizon) for place in errors)
-    for arm, horizon in kinds:
+    errors, records = _log_errors(tables), []
+    for arm, horizon in dict.fromkeys((place.arm, place.horizon) for place in errors):
         pairs = {
-            place.dataset: (own, errors[place._replace(propagation="tsinf")])
-            for place, own in errors.items()
-            if (place.arm, place.horizon, place.propagation) == (arm, horizon, "ts1")
+            own.dataset: (errors[own], errors[own._replace(propagation="tsinf")])
+            for own in errors
+            if (own.arm, own.horizon, own.propagation) == (arm, horizon, "ts1")
         }
-        named = {"metric": "value_error", "arm": arm, "reference": arm, "propagation": "ts1", "horizon": horizon}
-        rows += [named | record for record in _compare(pairs)]
-    return _adjusted(pd.DataFrame(rows))
+        named = {"arm": arm, "reference": arm, "propagation": "ts1", "horizon": horizon}
+        records += [named | record for record in _compare(pairs)]
+    return pd.DataFrame(records, columns=_PAIRED)
 
 
 def predictors_of_values(
@@ -228,10 +237,20 @@ class _LogErrors:
             self.policies,
         )
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that have a run."""
+        return list(dict.fromkeys(seed for seed, _ in self.by_run))
+
     def estimate(self) -> Estimate:
-        """Returns the mean over runs, with these and policies as crossed random factors."""
-        values = np.array(list(self.by_run.values()))
-        return crossed_interval(values, np.column_stack(list(self.replicates.values())), self.policies)
+        """Returns the mean over seeds, crossed with policies; without uncertainty where there are too few seeds."""
+        of_seed = [[run for run in self.by_run if run[0] == seed] for seed in self.seeds]
+        values = np.array([np.mean([self.by_run[run] for run in runs]) for runs in of_seed])
+        replicates = [np.mean([self.replicates[run] for run in runs], axis=0) for runs in of_seed]
+        estimate = crossed_interval(values, np.column_stack(replicates), self.policies)
+        if len(values) < FEWEST_PAIRS:
+            return dataclasses.replace(estimate, standard_error=math.nan, degrees=math.nan)
+        return estimate
 
 
 def _log_errors(tables: PolicyTables) -> dict[_Place, _LogErrors]:
@@ -254,29 +273,24 @@ def _rows(models: pd.DataFrame, place: _Place) -> pd.DataFrame:
     return models[np.logical_and.reduce([models[name] == value for name, value in place._asdict().items()])]
 
 
-def _compare(pairs: Mapping[str, tuple[_LogErrors, _LogErrors]]) -> Iterator[dict[str, float | int | str]]:
-    """Yields the ratio of errors on each dataset that has a pair of models, and the mean over datasets."""
-    estimates, count = [], 0
-    for dataset, (arm, reference) in pairs.items():
-        ratio = arm.minus(reference)
-        if ratio.by_run:
-            estimates.append(ratio.estimate())
-            count += len(ratio.by_run)
-            numbers = {"pairs": len(ratio.by_run), "policies": ratio.policies}
-            yield {"dataset": dataset, **numbers, **_as_ratio(estimates[-1]), "p_value": estimates[-1].p_value}
-    if estimates:
-        yield {"dataset": POOLED, "pairs": count, **_as_ratio(pool(estimates))}
+def _compare(pairs: Mapping[str, tuple[_LogErrors, _LogErrors]]) -> list[dict[str, float | int | str]]:
+    """Returns the ratio of errors on each dataset that has a pair of models, and the mean over datasets."""
+    ratios = {dataset: arm.minus(reference) for dataset, (arm, reference) in pairs.items()}
+    ratios = {dataset: ratio for dataset, ratio in ratios.items() if ratio.by_run}
+    if not ratios:
+        return []
+    estimates = {dataset: ratio.estimate() for dataset, ratio in ratios.items()}
+    lines = [
+        {"dataset": dataset, "pairs": len(ratio.seeds), "policies": ratio.policies, **_as_ratio(estimates[dataset])}
+        for dataset, ratio in ratios.items()
+    ]
+    effects, pairs_of_all = [line["effect"] for line in lines], sum(line["pairs"] for line in lines)
+    whole = {"dataset": POOLED, "pairs": pairs_of_all, **_as_ratio(pool(list(estimates.values())))}
+    lines.append(whole | {"least": min(effects), "most": max(effects)})
+    named = {"metric": VALUE_ERROR.name, "compared": "ratio"}
+    return [named | line | {"verdict": VALUE_ERROR.verdict(line["low"], line["high"])} for line in lines]
 
 
 def _as_ratio(estimate: Estimate) -> dict[str, float]:
-    limits = {"ratio": estimate.mean, "low": estimate.low, "high": estimate.high}
+    limits = {"effect": estimate.mean, "low": estimate.low, "high": estimate.high}
     return {name: math.exp(value) for name, value in limits.items()}
-
-
-def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds ``p_holm``: p-values adjusted over the rows of a propagation and horizon, but those of all datasets."""
-    if table.empty:
-        return table
-    for _, rows in table[table["dataset"] != POOLED].groupby(["propagation", "horizon"]):
-        table.loc[rows.index, "p_holm"] = holm(rows["p_value"])
-    return table

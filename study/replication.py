@@ -20,10 +20,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 
-from study.paired_statistics import Estimate
-
-MARGIN = 0.05  # of ratios, relative; of likelihoods in nats per dimension, and of correlations and areas as they are
-POOLED = "all datasets"
+from study.metrics import RANK_MARGIN, Metric, find_metrics
+from study.paired_statistics import FEWEST_PAIRS, Estimate
+from study.policy_analysis import POOLED, VALUE_ERROR
 
 Expected = Literal["lower", "not higher", "higher", "different"]
 Tables = dict[str, pd.DataFrame]
@@ -54,27 +53,21 @@ class Evidence(Protocol):
         """Returns what the study measured, dataset by dataset; nothing where it did not."""
 
 
-def ratio_margin() -> tuple[float, float]:
-    """Returns the ratios between which there is no difference that counts."""
-    return 1 / (1 + MARGIN), 1 + MARGIN
-
-
 # --- Kinds of evidence ---
 
 
 @dataclass(frozen=True)
 class ArmsCompared:
-    """Errors of two arms in paired runs.
+    """A metric of two arms in paired runs.
 
     Attributes:
-        metric: In the table's column ``metric``.
+        metric: Of ``metrics.py``, or the error of values.
         arm: The one that is spoken of.
         reference: The one that it is compared with; the table may hold the two the other way round.
-        expected: Of the ratio of errors, or of their difference.
+        expected: Of the metric's ratio or difference.
         table: Name of the table: metric, arm, reference, dataset, low, high, and more.
         where: Values of further columns.
-        is_difference: Whether the metric's rows are differences, as those of likelihoods are.
-        datasets: Those that the claim is about must contain none of these words; for claims on whole states.
+        without: Datasets with one of these words in their name are not what the claim is about.
     """
 
     metric: str
@@ -83,34 +76,36 @@ class ArmsCompared:
     expected: Expected
     table: str = "paired"
     where: dict[str, str] = field(default_factory=dict)
-    is_difference: bool = False
     without: tuple[str, ...] = ()
 
     @property
     def measure(self) -> str:
         """As ``Evidence`` has it."""
         where = "".join(f", {value}" for value in self.where.values())
-        return f"{self.metric}{where}: {self.arm} {self.expected} than {self.reference}".replace(
-            "different than", "different from"
-        )
+        return f"{self.metric}{where}: {self.arm} {_than(self.expected)} {self.reference}"
 
     @property
     def neutral(self) -> tuple[float, float]:
         """As ``Evidence`` has it."""
-        return (-MARGIN, MARGIN) if self.is_difference else ratio_margin()
+        margin = self._metric.margin
+        return (1 - margin, 1 + margin) if self._metric.is_ratio else (-margin, margin)
+
+    @property
+    def _metric(self) -> Metric:
+        return VALUE_ERROR if self.metric == VALUE_ERROR.name else find_metrics([self.metric])[self.metric]
 
     def intervals(self, tables: Tables) -> list[Interval]:
         """As ``Evidence`` has it."""
         table = _chosen(tables.get(self.table), {"metric": self.metric, **self.where})
-        as_it_is = _chosen(table, {"arm": self.arm, "reference": self.reference})
-        turned = _chosen(table, {"arm": self.reference, "reference": self.arm})
-        if not self.is_difference:
-            turned = turned.assign(low=1 / turned["high"], high=1 / turned["low"]) if len(turned) else turned
-        elif len(turned):
-            turned = turned.assign(low=-turned["high"], high=-turned["low"])
-        if self.arm == self.reference:
-            turned = turned[:0]
-        found = pd.concat([as_it_is, turned]) if len(turned) else as_it_is
+        found = _chosen(table, {"arm": self.arm, "reference": self.reference})
+        if found.empty:
+            turned = _chosen(table, {"arm": self.reference, "reference": self.arm})
+            low, high = (turned.get(limit, pd.Series(dtype=float)) for limit in ("low", "high"))
+            found = (
+                turned.assign(low=1 / high, high=1 / low)
+                if self._metric.is_ratio
+                else turned.assign(low=-high, high=-low)
+            )
         rows = [Interval(row.dataset, row.low, row.high) for row in found.itertuples() if row.dataset != POOLED]
         return [row for row in rows if not any(word in row.dataset for word in self.without)]
 
@@ -122,7 +117,7 @@ class MeasureUseful:
     Attributes:
         arm: Whose uncertainty it is.
         measure_name: Of the uncertainty.
-        score: Column of the table ``uncertainty``: arm, dataset, seed, split, rows, measure, and scores.
+        score: Column of the table ``uncertainty_of_cells``: arm, dataset, seed, split, rows, measure, and scores.
         rows: Value of its column ``rows``.
         expected: Of the score, less that of the reference.
         reference: Another measure, or what the score is of a measure that knows nothing.
@@ -138,26 +133,26 @@ class MeasureUseful:
     @property
     def measure(self) -> str:
         """As ``Evidence`` has it."""
-        than = "different from" if self.expected == "different" else f"{self.expected} than"
-        return f"{self.score} on {self.rows}, {self.arm}: {self.measure_name} {than} {self.reference}"
+        return f"{self.score} on {self.rows}, {self.arm}: {self.measure_name} {_than(self.expected)} {self.reference}"
 
     @property
     def neutral(self) -> tuple[float, float]:
         """As ``Evidence`` has it."""
-        return -MARGIN, MARGIN
+        return -RANK_MARGIN, RANK_MARGIN
 
     def intervals(self, tables: Tables) -> list[Interval]:
-        """As ``Evidence`` has it; runs are the random factor."""
-        table = _chosen(tables.get("uncertainty"), {"arm": self.arm, "rows": self.rows})
+        """As ``Evidence`` has it; seeds, each the mean over splits, are the random factor."""
+        table = _chosen(tables.get("uncertainty_of_cells"), {"arm": self.arm, "rows": self.rows})
         own = self._by_run(table, self.measure_name)
         if own.empty:
             return []
         values = own - (self._by_run(table, self.reference) if isinstance(self.reference, str) else self.reference)
         found = []
         for dataset, runs in values.dropna().groupby("dataset", sort=False):
-            if len(runs) > 1:
-                estimate = Estimate(runs.mean(), runs.sem(), len(runs) - 1)
-                found.append(Interval(dataset, estimate.low, estimate.high))
+            seeds = runs.groupby("seed").mean()
+            estimate = Estimate(seeds.mean(), seeds.sem(), len(seeds) - 1)
+            limits = (estimate.low, estimate.high) if len(seeds) >= FEWEST_PAIRS else (math.nan, math.nan)
+            found.append(Interval(dataset, *limits))
         return found
 
     def _by_run(self, table: pd.DataFrame, measure: str) -> pd.Series:
@@ -171,7 +166,7 @@ class MetricForesees:
     """The rank correlation, over models, of a metric with the error of policies' values.
 
     Attributes:
-        metric: In the table ``predictors``: metric, dataset, low, high.
+        metric: In the table ``policies_foreseen``: metric, dataset, low, high.
         expected: ``higher``: a larger metric goes with a larger error.
     """
 
@@ -186,12 +181,16 @@ class MetricForesees:
     @property
     def neutral(self) -> tuple[float, float]:
         """As ``Evidence`` has it."""
-        return -MARGIN, MARGIN
+        return -RANK_MARGIN, RANK_MARGIN
 
     def intervals(self, tables: Tables) -> list[Interval]:
         """As ``Evidence`` has it."""
-        found = _chosen(tables.get("predictors"), {"metric": self.metric})
+        found = _chosen(tables.get("policies_foreseen"), {"metric": self.metric})
         return [Interval(row.dataset, row.low, row.high) for row in found.itertuples() if row.dataset != POOLED]
+
+
+def _than(expected: Expected) -> str:
+    return "different from" if expected == "different" else f"{expected} than"
 
 
 def _chosen(table: pd.DataFrame | None, where: dict[str, str]) -> pd.DataFrame:
@@ -244,8 +243,8 @@ CLAIMS = (
         "Where the next state needs no multimodal prediction, deterministic models are on par with probabilistic ones.",
         "control of Acrobot by random shooting, little data",
         (
-            ArmsCompared("rollout_error", "dnn", "pnn", "not higher", without=_HIDDEN),
-            ArmsCompared("value_error", "dnn", "pnn", "not higher", "policy_paired", _LONG, without=_HIDDEN),
+            ArmsCompared("rollout_mean", "dnn", "pnn", "not higher", without=_HIDDEN),
+            ArmsCompared("value_error", "dnn", "pnn", "not higher", "policies_paired", _LONG, without=_HIDDEN),
         ),
     ),
     Claim(
@@ -253,7 +252,7 @@ CLAIMS = (
         "abstract",
         "Training with a variance that depends on the input improves predictions at longer horizons.",
         "as above",
-        (ArmsCompared("rollout_error", "pnn", "dnn", "lower"),),
+        (ArmsCompared("rollout_mean", "pnn", "dnn", "lower"),),
     ),
     Claim(
         SEITZER,
@@ -263,7 +262,7 @@ CLAIMS = (
         "regression, a range of domains and tasks",
         (
             ArmsCompared("nrmse", "pnn_beta", "pnn", "lower"),
-            ArmsCompared("nll", "pnn_beta", "pnn", "lower", is_difference=True),
+            ArmsCompared("nll", "pnn_beta", "pnn", "lower"),
         ),
     ),
     Claim(
@@ -279,8 +278,8 @@ CLAIMS = (
         "Its variances are as well calibrated as those of the best other ways to train them.",
         "as above",
         (
-            ArmsCompared("calibration_error", "faithful", "pnn", "not higher"),
-            ArmsCompared("calibration_error", "faithful", "pnn_beta", "not higher"),
+            ArmsCompared("ece_raw", "faithful", "pnn", "not higher"),
+            ArmsCompared("ece_raw", "faithful", "pnn_beta", "not higher"),
         ),
     ),
     Claim(
@@ -310,7 +309,7 @@ CLAIMS = (
         "abstract, and a published summary of the method",
         "Control needs models that know what they do not know: hence ensembles, and of probabilistic networks.",
         "control by planning, four MuJoCo tasks",
-        (ArmsCompared("value_error", "pnn", "dnn", "lower", "policy_paired", _LONG),),
+        (ArmsCompared("value_error", "pnn", "dnn", "lower", "policies_paired", _LONG),),
     ),
     Claim(
         CHUA,
@@ -323,7 +322,7 @@ CLAIMS = (
                 "pnn",
                 "pnn",
                 "different",
-                "policy_propagations",
+                "policies_propagations",
                 {"propagation": "ts1", "horizon": "truncated"},
             ),
         ),
@@ -334,8 +333,8 @@ CLAIMS = (
         "Layer normalisation in the world model mitigates compounding errors.",
         "offline policy optimisation on D4RL and NeoRL, rollouts of several hundred steps",
         (
-            ArmsCompared("rollout_error", "pnn_ln", "pnn", "lower"),
-            ArmsCompared("rollout_error", "dnn_ln", "dnn", "lower"),
+            ArmsCompared("rollout_mean", "pnn_ln", "pnn", "lower"),
+            ArmsCompared("rollout_mean", "dnn_ln", "dnn", "lower"),
         ),
     ),
     Claim(
@@ -343,7 +342,7 @@ CLAIMS = (
         "abstract, and a summary of its results",
         "How likely and how well calibrated one-step predictions are foresees what the model is worth for policies.",
         "offline policy optimisation on D4RL; what is foreseen is the performance of the agent",
-        (MetricForesees("nll_mixture"), MetricForesees("ece_raw")),
+        (MetricForesees("nll"), MetricForesees("ece_raw")),
     ),
 )
 
@@ -384,8 +383,8 @@ def replicate(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """Holds claims against a study.
 
     Args:
-        tables: Of the study: ``paired`` and ``uncertainty``; ``policy_paired``, ``policy_propagations`` and
-            ``predictors`` of ``policy_analysis.py``; those that are missing tell nothing.
+        tables: Of ``analysis.py``, and ``uncertainty_of_cells``: the table ``uncertainty`` of every cell, one below the
+            other, with the cell's place. Those that are missing tell nothing.
         claims: What to judge.
 
     Returns:

@@ -8,7 +8,7 @@ import pytest
 
 from study.replication import CLAIMS, ArmsCompared, Claim, Interval, MeasureUseful, MetricForesees, reading, replicate
 
-RATIOS = (1 / 1.05, 1.05)
+RATIOS = (0.95, 1.05)
 
 
 def paired(rows, **more):
@@ -60,8 +60,8 @@ def test_half_of_the_datasets_is_not_enough():
 def test_pair_is_found_the_other_way_round():
     ratio = paired([("a", "b", "one", 1.25, 2.0)])
     assert judge((ArmsCompared("nrmse", "b", "a", "lower"),), paired=ratio).verdict.item() == "agree"
-    difference = paired([("a", "b", "one", 0.2, 0.4)])
-    evidence = ArmsCompared("nrmse", "b", "a", "lower", is_difference=True)
+    difference = paired([("a", "b", "one", 0.2, 0.4)]).assign(metric="nll")
+    evidence = ArmsCompared("nll", "b", "a", "lower")
     assert judge((evidence,), paired=difference).verdict.item() == "agree"
     assert evidence.intervals({"paired": difference}) == [Interval("one", -0.4, -0.2)]
 
@@ -91,22 +91,29 @@ def uncertainty(scores):
 
 
 def test_measure_is_compared_with_another_in_the_same_runs():
-    table = uncertainty({"x": [0.8, 0.5, 0.3], "y": [0.6, 0.3, 0.1]})  # always 0.2 more, however runs differ
+    table = uncertainty(
+        {"x": [0.8, 0.5, 0.3, 0.8, 0.5, 0.3], "y": [0.6, 0.3, 0.1, 0.6, 0.3, 0.1]}
+    )  # always 0.2 more, however runs differ
     evidence = MeasureUseful("pnn", "x", "spearman", "visited", "higher", "y")
-    assert judge((evidence,), uncertainty=table).verdict.item() == "agree"
+    assert judge((evidence,), uncertainty_of_cells=table).verdict.item() == "agree"
     elsewhere = MeasureUseful("pnn", "x", "spearman", "test", "higher", "y")
-    assert judge((elsewhere,), uncertainty=table).verdict.item() == "cannot tell"
+    assert judge((elsewhere,), uncertainty_of_cells=table).verdict.item() == "cannot tell"
 
 
 def test_measure_is_compared_with_knowing_nothing():
     useful = MeasureUseful("pnn", "x", "spearman", "visited", "higher", 0.5)
-    assert judge((useful,), uncertainty=uncertainty({"x": [0.8, 0.81, 0.82]})).verdict.item() == "agree"
-    assert judge((useful,), uncertainty=uncertainty({"x": [0.5, 0.51, 0.52]})).verdict.item() == "disagree"
+    assert judge((useful,), uncertainty_of_cells=uncertainty({"x": [0.8, 0.81, 0.82] * 2})).verdict.item() == "agree"
+    assert judge((useful,), uncertainty_of_cells=uncertainty({"x": [0.5, 0.51, 0.52] * 2})).verdict.item() == "disagree"
+
+
+def test_fewer_than_six_seeds_tell_nothing():
+    useful = MeasureUseful("pnn", "x", "spearman", "visited", "higher", 0.5)
+    assert judge((useful,), uncertainty_of_cells=uncertainty({"x": [0.8] * 5})).open.item() == "one"
 
 
 def test_metric_that_does_not_foresee_errors_disagrees():
     table = pd.DataFrame({"metric": "nll", "dataset": ["one", "all datasets"], "low": [-0.6, 0.5], "high": [-0.2, 0.7]})
-    assert judge((MetricForesees("nll"),), predictors=table).verdict.item() == "disagree"
+    assert judge((MetricForesees("nll"),), policies_foreseen=table).verdict.item() == "disagree"
 
 
 def test_nothing_can_be_told_without_tables_and_every_claim_is_listed():
@@ -121,3 +128,9 @@ def test_nothing_can_be_told_without_tables_and_every_claim_is_listed():
 
 def test_no_claim_quotes_a_number():
     assert not [claim.claim for claim in CLAIMS if re.search(r"\d", claim.claim.replace("TS1", ""))]
+
+
+def test_metrics_of_the_claims_are_those_of_the_study():
+    for claim in CLAIMS:
+        for evidence in claim.evidence:
+            assert len(evidence.neutral) == 2  # which looks the metric up
