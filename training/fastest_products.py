@@ -60,7 +60,8 @@ def _seconds_per_step(
 ) -> float:
     """Takes some steps with copies of the members, after one that warms up; returns the time of one."""
     trained = copy.deepcopy(ensemble).requires_grad_(True)
-    step = partial(take_step, config, loss_settings(type(ensemble), config), train)
+    losses = partial(type(ensemble).losses, **loss_settings(type(ensemble), config))
+    step = partial(take_step, config, losses, train)
     size = min(config.batch_size, len(train.inputs))
     order = torch.arange((1 + steps) * size).remainder(len(train.inputs)).expand(len(ensemble), -1)
     with MemberThreads(trained, config, step, build_optimizer, way) as threads:
