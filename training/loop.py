@@ -22,6 +22,7 @@ from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows, draw_bootstrap, draw_order
 from training.best_weights import BestWeights
 from training.build import JUDGED_BY, check_holdout, loss_settings
+from training.checkpoint import checkpoint_state
 from training.member_threads import MemberGroup, MemberThreads
 from training.optimisation import build_optimizer, clip_gradients, learning_rate
 from training.precision import product_precision, reduced_epochs
@@ -42,6 +43,9 @@ def train_ensemble(
 ) -> Iterator[Epoch]:
     """Trains all members at once, in place, epoch by epoch; with a holdout, each ends with its best weights.
 
+    A member whose numbers are no longer finite has failed: it ends with its last good weights, the others go on as if
+    nothing had happened, and it is not among the ensemble's elites afterwards.
+
     Args:
         ensemble: What to train; its device is where ``train`` and ``holdout`` are.
         config: Settings.
@@ -57,12 +61,12 @@ def train_ensemble(
         The results of each epoch.
 
     Raises:
-        FloatingPointError: At the end, if a member never had a finite validation error.
+        FloatingPointError: At the end, if all members have failed.
     """
     check_holdout(type(ensemble), 0 if holdout is None else len(holdout.inputs))
     ensemble.requires_grad_(True)
     rows, is_cuda = len(train.inputs), train.inputs.is_cuda
-    best = BestWeights(ensemble, config.patience) if holdout is not None else None
+    best = BestWeights(ensemble, config.patience)
     bootstrap = draw_bootstrap(config.seed, len(ensemble), rows) if config.bootstrap else None
     losses = partial(type(ensemble).losses, **loss_settings(type(ensemble), config))
     step = partial(take_step, config, losses, train)
@@ -74,27 +78,24 @@ def train_ensemble(
         if checkpoint is not None:
             ensemble.load_state_dict(checkpoint["network"])
             threads.load_optimizer_state(checkpoint["optimizer"])
-            if best is not None:
-                best.load_state_dict(checkpoint["best"])
+            best.load_state_dict(checkpoint["best"])
         for epoch in range(checkpoint["epochs"] if checkpoint is not None else 0, config.fit_epochs):
-            if best is not None and all(best.stopped):
+            if all(best.stopped):
                 break
             order = draw_order(config.seed, len(ensemble), rows, epoch)  # (ensemble, rows)
             if bootstrap is not None:
                 order = bootstrap.gather(1, order)
             with product_precision(epoch < reduced_epochs(config, is_cuda), is_cuda):
-                losses = threads.take_epoch(order.to(ensemble.device), epoch)
+                reported = threads.take_epoch(order.to(ensemble.device), epoch)
 
             holdout_scores = threads.score(holdout) if holdout is not None else {}
-            if best is not None:
-                best.update(ensemble, holdout_scores["mse"])
-            is_end = epoch in (0, config.fit_epochs - 1) or (best is not None and all(best.stopped))
+            best.update(ensemble, reported, holdout_scores.get("mse"))
+            is_end = epoch in (0, config.fit_epochs - 1) or all(best.stopped)
             is_scored = score_every is not None and (is_end or (epoch + 1) % score_every == 0)
             train_scores = threads.score(train) if is_scored else {}
             state = partial(checkpoint_state, epoch + 1, ensemble, threads, best)
-            yield Epoch(epoch, losses, train_scores, holdout_scores, state)
-    if best is not None:
-        best.restore(ensemble)
+            yield Epoch(epoch, reported, train_scores, holdout_scores, tuple(best.failed), state)
+    ensemble.elites = best.restore(ensemble)
     if ensemble.holdout_losses is not None:
         learn_from_holdout(ensemble, config, holdout, optimizer, products)
 
@@ -120,7 +121,7 @@ def learn_from_holdout(
         products: How to multiply.
 
     Raises:
-        FloatingPointError: If a member never had a finite likelihood.
+        FloatingPointError: If all members have failed.
     """
     learned = len(holdout.inputs) - len(holdout.inputs) // JUDGED_BY
     train = NormalisedRows(holdout.inputs[:learned], holdout.targets[:learned], None)
@@ -130,9 +131,10 @@ def learn_from_holdout(
     with MemberThreads(ensemble, config, step, optimizer, products) as threads:
         for epoch in range(config.fit_epochs):
             order = draw_order(config.seed, len(ensemble), learned, config.fit_epochs + epoch)  # other than in training
-            threads.take_epoch(order.to(ensemble.device), epoch)
-            best.update(ensemble, threads.score(judge)["nll"])
-    best.restore(ensemble)
+            reported = threads.take_epoch(order.to(ensemble.device), epoch)
+            best.update(ensemble, reported, threads.score(judge)["nll"])
+    good = best.restore(ensemble)
+    ensemble.elites = [member for member in ensemble.elites if member in good]
 
 
 def take_step(
@@ -169,15 +171,3 @@ def take_step(
         clip_gradients(ensemble, config.grad_clip)
     optimizer.step()
     return reported
-
-
-def checkpoint_state(
-    epochs: int, ensemble: DynamicsEnsemble, threads: MemberThreads, best: BestWeights | None
-) -> dict[str, Any]:
-    """Returns what it takes to resume training after so many epochs, in tensors and plain Python types."""
-    return {
-        "epochs": epochs,
-        "network": ensemble.state_dict(),
-        "optimizer": threads.optimizer_state(),
-        "best": None if best is None else best.state_dict(),
-    }

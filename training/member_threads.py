@@ -143,13 +143,16 @@ class MemberThreads:
         return states[0] | {"state": stacked}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restores what ``optimizer_state`` returned, however members were grouped then."""
+        """Restores the moments that ``optimizer_state`` returned, however members were grouped then.
+
+        Its settings are not taken over: these are the configuration's.
+        """
         for group in self.groups:
             own = {
                 parameter: {name: _take(value, group.members) for name, value in values.items()}
                 for parameter, values in state["state"].items()
             }
-            group.optimizer.load_state_dict(state | {"state": own})
+            group.optimizer.load_state_dict(group.optimizer.state_dict() | {"state": own})
 
 
 def view_members(ensemble: DynamicsEnsemble, members: slice, linear: Linear) -> DynamicsEnsemble:

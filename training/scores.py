@@ -6,6 +6,7 @@ All are in normalised units, where 1 is a dimension's mean absolute deviation of
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from dynamics_model import DynamicsEnsemble
 from training.batches import NormalisedRows
 from training.optimisation import learning_rate
 
+STRAY = 5.0  # a member is stray whose error is more than so many times the median's
 _ROWS_PER_CALL = 4096  # rows that a member scores in one forward pass
 
 Scores = dict[str, list[float]]
@@ -33,6 +35,7 @@ class Epoch:
         losses: Reported loss of each member, the mean over the epoch's minibatches.
         train_scores: Scores of the training rows; empty in epochs that do not measure them.
         holdout_scores: Scores of the holdout; empty without one.
+        failed: Whether each member has failed, now or before: its numbers are not finite.
         checkpoint: Returns the state to resume training from; call it before the next epoch begins.
     """
 
@@ -40,6 +43,7 @@ class Epoch:
     losses: list[float]
     train_scores: Scores
     holdout_scores: Scores
+    failed: tuple[bool, ...]
     checkpoint: Callable[[], dict[str, Any]]
 
 
@@ -96,11 +100,14 @@ def score_members(
 ) -> list[dict[str, float | None]]:
     """Scores each member's final weights: the ones that are saved.
 
+    A member has failed, too, if one of these scores is not finite; it is then taken from the ensemble's elites.
+
     Returns:
-        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout); None for those that cannot be measured.
+        Per member ``train_mse``, ``val_mse`` and ``nll`` (of the holdout); None for those that cannot be measured, and
+        for all of a member that has failed: it is not among the ensemble's elites.
 
     Raises:
-        FloatingPointError: If a member's error is not finite.
+        FloatingPointError: If all members have failed.
     """
     train_scores = score_rows(ensemble, train)
     holdout_scores = score_rows(ensemble, holdout) if holdout is not None else {}
@@ -111,26 +118,44 @@ def score_members(
         "nll": holdout_scores.get("nll", none),
     }
     scores = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    for member, score in enumerate(scores):
-        if not all(value is None or math.isfinite(value) for value in score.values()):
-            raise FloatingPointError(
-                f"member {member} diverged: its error is not finite; lower fit_lr or set grad_clip"
-            )
-    rewards = train_scores.get("reward_mse", []) + holdout_scores.get("reward_mse", [])
-    if not all(map(math.isfinite, rewards)):
-        raise FloatingPointError("the reward network diverged: its error is not finite; lower fit_lr or set grad_clip")
-    return scores
+    measured = zip(*train_scores.values(), *holdout_scores.values(), strict=True)  # those of rewards, too
+    finite = [all(map(math.isfinite, values)) for values in measured]
+    ensemble.elites = [member for member in ensemble.elites if finite[member]]
+    if not ensemble.elites:
+        raise FloatingPointError("every member diverged: no error is a finite number; lower fit_lr or set grad_clip")
+    return [score if member in ensemble.elites else dict.fromkeys(score, None) for member, score in enumerate(scores)]
+
+
+def failed_members(scores: list[dict[str, float | None]]) -> list[int]:
+    """Returns the members that ``score_members`` has no score of."""
+    return [member for member, score in enumerate(scores) if all(value is None for value in score.values())]
+
+
+def stray_members(scores: list[dict[str, float | None]]) -> dict[int, float]:
+    """Returns how many times the median's error those members have that are stray.
+
+    The error is the validation error, or that of the training rows without a holdout.
+    """
+    measured = {member: score for member, score in enumerate(scores) if member not in failed_members(scores)}
+    name = "val_mse" if any(score["val_mse"] is not None for score in measured.values()) else "train_mse"
+    errors = {member: score[name] for member, score in measured.items()}
+    median = statistics.median(errors.values())
+    return {member: error / median for member, error in errors.items() if error > STRAY * median > 0}
 
 
 def mean_scores(scores: list[dict[str, float | None]]) -> dict[str, float]:
-    """Returns the means over members of the scores that exist."""
-    names = [name for name, value in scores[0].items() if value is not None]
-    return {name: sum(score[name] for score in scores) / len(scores) for name in names}
+    """Returns the means over the members that have not failed, of the scores that exist."""
+    measured = [score for member, score in enumerate(scores) if member not in failed_members(scores)]
+    names = [name for name, value in measured[0].items() if value is not None]
+    return {name: sum(score[name] for score in measured) / len(measured) for name in names}
 
 
 def rank_elites(scores: list[dict[str, float | None]], num_elites: int | None) -> list[int]:
-    """Returns the members with the lowest validation errors, best first; all of them in order without a holdout."""
-    members = list(range(len(scores)))
-    if scores[0]["val_mse"] is None:
+    """Returns the members with the lowest validation errors, best first; all of them in order without a holdout.
+
+    Members that have failed are left out.
+    """
+    members = [member for member in range(len(scores)) if member not in failed_members(scores)]
+    if scores[members[0]]["val_mse"] is None:
         return members
     return sorted(members, key=lambda member: scores[member]["val_mse"])[:num_elites]

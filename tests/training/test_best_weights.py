@@ -10,6 +10,8 @@ from dynamics_model import DynamicsEnsemble
 from probabilistic_model import ProbabilisticModel
 from training.best_weights import BestWeights
 
+LOSSES = (1.0, 1.0)  # nobody has failed
+
 
 @pytest.fixture
 def pair(constant_member):
@@ -31,7 +33,7 @@ def run_epochs(best, ensemble, scores):
     """Gives epoch e, counted from 1, the biases (e, -e) and the scores given for it."""
     for epoch, of_members in enumerate(scores, start=1):
         set_biases(ensemble, epoch, -epoch)
-        best.update(ensemble, of_members)
+        best.update(ensemble, LOSSES, of_members)
 
 
 def test_each_member_gets_the_weights_of_its_own_best_epoch(pair):
@@ -49,7 +51,7 @@ def test_member_stops_when_its_patience_ends_and_no_sooner(pair):
     best = BestWeights(pair, patience=2)
     stopped = []
     for scores in [(1.0, 1.0), (2.0, 0.9), (2.0, 0.8), (2.0, 0.9)]:
-        best.update(pair, scores)
+        best.update(pair, LOSSES, scores)
         stopped.append(best.stopped)
 
     assert stopped == [[False, False], [False, False], [True, False], [True, False]]
@@ -75,18 +77,53 @@ def test_nan_never_improves(pair):
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_member_without_a_finite_error_has_diverged_and_is_named(pair, score):
+def test_member_without_a_finite_error_has_failed_and_keeps_the_weights_it_began_with(pair, score):
+    set_biases(pair, 0, 7)
     best = BestWeights(pair, patience=None)
     run_epochs(best, pair, [(1.0, score), (0.5, score)])
 
-    with pytest.raises(FloatingPointError, match=r"member 1 diverged.*lower fit_lr or set grad_clip"):
+    assert best.restore(pair) == [0]
+    assert biases(pair) == [2, 7]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_member_whose_loss_is_not_finite_keeps_its_last_good_weights_for_good(pair, loss):
+    best = BestWeights(pair, patience=None)
+    for epoch, second in enumerate([1.0, 1.0, loss, 1.0], start=1):
+        set_biases(pair, epoch, -epoch)
+        best.update(pair, (1.0, second))
+
+    assert best.failed == [False, True]
+    assert best.restore(pair) == [0]
+    assert biases(pair) == [4, -2], "the first goes on to the end; without a validation error, the latest counts"
+
+
+@pytest.mark.parametrize("scores", [None, (1.0, 0.1)])
+@pytest.mark.parametrize("weight", [math.nan, -math.inf])
+def test_member_one_of_whose_weights_is_not_finite_has_failed(pair, weight, scores):
+    best = BestWeights(pair, patience=None)
+    set_biases(pair, 1, 1)
+    best.update(pair, LOSSES, scores and (2.0, 2.0))
+    set_biases(pair, 2, weight)
+    best.update(pair, LOSSES, scores)
+
+    assert best.stopped == [False, True], "it waits for nobody"
+    assert best.restore(pair) == [0]
+    assert biases(pair) == [2, 1]
+
+
+def test_all_members_failed_is_an_error_that_says_what_to_do(pair):
+    best = BestWeights(pair, patience=None)
+    best.update(pair, (math.nan, math.inf))
+    assert best.stopped == [True, True]
+    with pytest.raises(FloatingPointError, match=r"every member diverged.*lower fit_lr or set grad_clip"):
         best.restore(pair)
 
 
 def test_kept_weights_are_copies(pair):
     set_biases(pair, 1, 2)
     best = BestWeights(pair, patience=None)
-    best.update(pair, (1.0, 1.0))
+    best.update(pair, LOSSES, (1.0, 1.0))
     set_biases(pair, 5, 6)
     best.restore(pair)
     assert biases(pair) == [1, 2]
@@ -108,7 +145,7 @@ def test_going_on_from_a_saved_state_ends_like_never_having_stopped(pair, tmp_pa
     second.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True))
     for epoch, of_members in enumerate(scores[2:], start=3):
         set_biases(pair, epoch, -epoch)
-        second.update(pair, of_members)
+        second.update(pair, LOSSES, of_members)
 
     assert dataclasses.astuple(snapshot(second, pair)) == dataclasses.astuple(snapshot(whole, pair))
     assert biases(pair) == [2, -1]

@@ -13,7 +13,18 @@ from dynamics_model import VARIANCE_FLOOR, Architecture, DynamicsEnsemble
 from probabilistic_model import ProbabilisticModel
 from training.batches import NormalisedRows, normalise_rows
 from training.build import build_ensemble
-from training.scores import Epoch, mean_scores, metric_columns, metric_rows, rank_elites, score_members, score_rows
+from training.scores import (
+    STRAY,
+    Epoch,
+    failed_members,
+    mean_scores,
+    metric_columns,
+    metric_rows,
+    rank_elites,
+    score_members,
+    score_rows,
+    stray_members,
+)
 
 LOG_2_PI = math.log(2 * math.pi)
 
@@ -93,10 +104,9 @@ def test_constant_changes_are_predicted_exactly_with_a_small_positive_variance(
     member_class, with_constant_dimensions, train
 ):
     transitions = with_constant_dimensions
-    probabilistic = member_class is ProbabilisticModel
-    config = LearnConfig(probabilistic=probabilistic, ensemble_size=2, hidden_size=(8,), fit_epochs=2, batch_size=64)
+    settings = {"ensemble_size": 2, "hidden_size": (8,), "fit_epochs": 2, "batch_size": 64}
 
-    ensemble, _ = train(config, transitions)
+    ensemble, _ = train(LearnConfig(kind=member_class.ensemble_class.kind, **settings), transitions, transitions)
 
     assert ensemble.learned.tolist() == LEARNED
 
@@ -104,7 +114,8 @@ def test_constant_changes_are_predicted_exactly_with_a_small_positive_variance(
 
     for member in mean.detach().numpy():
         np.testing.assert_array_equal(member[:, CONSTANT], transitions.next_states[:, CONSTANT])
-    if probabilistic:
+    assert (variance is None) == (member_class is DeterministicModel)
+    if variance is not None:
         assert (variance[..., CONSTANT] == VARIANCE_FLOOR).all() and VARIANCE_FLOOR > 0
         assert (variance[..., LEARNED] > 1e-8).all()
 
@@ -147,7 +158,9 @@ def test_rows_are_one_per_member_with_the_rate_of_the_epochs_first_step(two_memb
     config = LearnConfig(scheduler="exponential", scheduler_gamma=0.5, fit_lr=0.4)
     train, holdout = {"mse": [0.1, 0.2]}, {"mse": [0.3, 0.4], "nll": [-1.0, -2.0]}
 
-    rows = metric_rows(two_members(ProbabilisticModel), config, Epoch(2, [5.0, 6.0], train, holdout, dict))
+    rows = metric_rows(
+        two_members(ProbabilisticModel), config, Epoch(2, [5.0, 6.0], train, holdout, (False,) * 2, dict)
+    )
 
     first = {"step": 2, "model_id": 0, "gauss_loss": 5.0, "lr": 0.1, "train_mse": 0.1, "val_mse": 0.3, "nll": -1.0}
     second = first | {"model_id": 1, "gauss_loss": 6.0, "train_mse": 0.2, "val_mse": 0.4, "nll": -2.0}
@@ -158,7 +171,7 @@ def test_rows_are_one_per_member_with_the_rate_of_the_epochs_first_step(two_memb
 def test_what_was_not_measured_is_none_and_never_a_missing_row(two_members):
     ensemble = two_members(DeterministicModel, reward=True)
 
-    rows = metric_rows(ensemble, LearnConfig(), Epoch(0, [5.0, 6.0], {}, {}, dict))
+    rows = metric_rows(ensemble, LearnConfig(), Epoch(0, [5.0, 6.0], {}, {}, (False,) * 2, dict))
 
     assert [row["mse_loss"] for row in rows] == [5.0, 6.0]
     missing = ("train_mse", "val_mse", "nll", "reward_train_mse", "reward_val_mse")
@@ -169,7 +182,9 @@ def test_errors_of_the_reward_have_columns_of_their_own(two_members):
     train, holdout = {"mse": [1.0, 2.0], "reward_mse": [3.0, 4.0]}, {"mse": [5.0, 6.0], "reward_mse": [7.0, 8.0]}
 
     rows = metric_rows(
-        two_members(DeterministicModel, reward=True), LearnConfig(), Epoch(0, [0.0, 0.0], train, holdout, dict)
+        two_members(DeterministicModel, reward=True),
+        LearnConfig(),
+        Epoch(0, [0.0, 0.0], train, holdout, (False,) * 2, dict),
     )
 
     found = [[row[name] for name in ("train_mse", "val_mse", "reward_train_mse", "reward_val_mse")] for row in rows]
@@ -203,24 +218,46 @@ def test_scores_that_do_not_exist_are_none_and_have_no_mean(constant_member):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_member_whose_error_is_not_finite_has_diverged_and_is_named(constant_member, value):
+def test_member_whose_error_is_not_finite_has_failed_and_has_no_scores(constant_member, value):
     ensemble = DynamicsEnsemble.from_members([constant_member(DeterministicModel, [v, 0.0]) for v in (0.0, value)])
-    with pytest.raises(FloatingPointError, match="member 1 diverged: its error is not finite; lower fit_lr"):
-        score_members(ensemble, ten_rows(), None)
+    scores = score_members(ensemble, ten_rows(), None)
+    assert scores[1] == {"train_mse": None, "val_mse": None, "nll": None}
+    assert mean_scores(scores) == {"train_mse": scores[0]["train_mse"]}
+    assert failed_members(scores) == [1]
+    assert ensemble.elites == rank_elites(scores, None) == [0]
 
 
-def test_reward_whose_error_is_not_finite_has_diverged(unit_normalisation):
+def test_member_that_failed_in_training_has_no_scores_whatever_its_weights(constant_member):
+    ensemble = DynamicsEnsemble.from_members([constant_member(DeterministicModel, [v, 0.0]) for v in (0.0, 0.5)])
+    ensemble.elites = [1]
+    assert [score["val_mse"] is None for score in score_members(ensemble, ten_rows(), ten_rows())] == [True, False]
+
+
+def test_rewards_whose_errors_are_not_finite_in_all_members_are_an_error(unit_normalisation):
     architecture = Architecture(2, 1, hidden_size=(), reward_hidden_size=())
     ensemble = DeterministicModel(architecture, unit_normalisation()).network
     with torch.no_grad():
         ensemble.reward.biases[0].fill_(math.nan)
     rows = ten_rows()._replace(rewards=torch.zeros(10, 1))
-    with pytest.raises(FloatingPointError, match="the reward network diverged: its error is not finite; lower fit_lr"):
+    with pytest.raises(FloatingPointError, match="every member diverged: no error is a finite number; lower fit_lr"):
         score_members(ensemble, rows, None)
+
+
+def test_stray_members_are_those_far_above_the_median():
+    def scores(*errors):
+        return [{"train_mse": error, "val_mse": error} for error in errors]
+
+    assert stray_members(scores(1.0, 2.0, 3.0, 2.0 * STRAY)) == {}
+    assert stray_members(scores(1.0, 2.0, 2.0, 20.0)) == {3: 10.0}
+    assert stray_members(scores(1.0, None, 2.0, 2.0, 20.0)) == {4: 10.0}, "failed members do not count"
+    assert stray_members([{"train_mse": error, "val_mse": None} for error in (1.0, 1.0, 9.0)]) == {2: 9.0}
+    assert stray_members(scores(0.0, 0.0, 1.0)) == {}, "of nothing, nothing is several times as much"
 
 
 def test_elites_are_the_members_with_the_lowest_validation_error():
     scores = [{"val_mse": value} for value in (0.3, 0.1, 0.2)]
     assert rank_elites(scores, None) == [1, 2, 0]
     assert rank_elites(scores, 2) == [1, 2]
-    assert rank_elites([{"val_mse": None}] * 3, 2) == [0, 1, 2], "without a holdout every member is one"
+    assert rank_elites([{"train_mse": 1.0, "val_mse": None}] * 3, 2) == [0, 1, 2], (
+        "without a holdout every member is one"
+    )
