@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ import yaml
 from utils import InputError, did_you_mean
 
 _WAY_TO_MULTIPLY = re.compile(r"(torch|onednn|openblas)/(together|apart)/[1-9][0-9]{0,2}")
+LARGEST_FILE, MOST_KEYS = 1 << 17, 1000  # bytes and keys of a configuration, of which ours have some 2,000 and 30
+# The largest counts, sizes and numbers that settings may have: far beyond what anybody trains, within what PyTorch can.
+MOST_MEMBERS, MOST_LAYERS, WIDEST_LAYER, LARGEST_COUNT, LARGEST_NUMBER = 10_000, 100, 65_536, 10**9, 1e9
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,25 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges; types are checked where values enter, in ``load_config``."""
-        for name in ("ensemble_size", "fit_epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name, most in (
+            ("ensemble_size", MOST_MEMBERS),
+            ("fit_epochs", LARGEST_COUNT),
+            ("batch_size", LARGEST_COUNT),
+        ):
+            value = getattr(self, name)
+            _require(1 <= value <= most, name, value, f"at least 1 and at most {most:,}")
         for name in ("hidden_size", "reward_hidden_size"):
             sizes = getattr(self, name)
-            _require(min(sizes, default=1) >= 1, name, sizes, "positive layer sizes")
+            is_usual = len(sizes) <= MOST_LAYERS and 1 <= min(sizes, default=1) <= max(sizes, default=1) <= WIDEST_LAYER
+            _require(
+                is_usual, name, sizes, f"positive layer sizes, at most {MOST_LAYERS}, each at most {WIDEST_LAYER:,}"
+            )
         for name in ("patience", "num_elites"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "null or at least 1")
+            _require(value is None or 1 <= value <= LARGEST_COUNT, name, value, "null or at least 1 and at most 10^9")
         for name in ("fit_lr", "scheduler_gamma"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            value = getattr(self, name)
+            _require(0 < value <= LARGEST_NUMBER, name, value, "a positive number, at most 10^9")
         for name in ("beta_nll", "beta_nll_decay", "warmup_fraction", "reduced_precision"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("seed", "split_seed"):
@@ -120,13 +133,16 @@ class LearnConfig:
             _require(value is None or 0 <= value < 2**32, name, value, "a whole number from 0 to 2^32 - 1")
         for name in ("huber_width", "grad_clip"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "null or a positive number")
+            is_usual = value is None or 0 < value <= LARGEST_NUMBER
+            _require(is_usual, name, value, "null or a positive number, at most 10^9")
         is_way = self.products is None or _WAY_TO_MULTIPLY.fullmatch(self.products)
         _require(is_way, "products", self.products, "null, or LIBRARY/GROUPING/THREADS such as torch/apart/2")
         milestones = self.scheduler_milestones
-        _require(min(milestones, default=1) >= 1, "scheduler_milestones", milestones, "epochs from 1 on")
+        is_usual = 1 <= min(milestones, default=1) <= max(milestones, default=1) <= LARGEST_COUNT
+        _require(is_usual, "scheduler_milestones", milestones, "epochs from 1 on, at most 10^9")
         decays = self.layer_decays
-        _require(min(decays) >= 0, "weight_decay", self.weight_decay, "no negative number")
+        is_usual = min(decays) >= 0 and max(decays) <= LARGEST_NUMBER
+        _require(is_usual, "weight_decay", self.weight_decay, "no negative number, and none above 10^9")
         layers = len(self.hidden_size) + 1
         _require(
             len(decays) == layers,
@@ -185,9 +201,10 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Learn
         if not separator or not key:
             raise InputError(f"--params got {override!r}; expected key=value, such as fit_epochs=100")
         try:
-            values[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # PyYAML lets through what its own conversions raise
-            raise InputError(f"--params {key}: {text!r} cannot be read as a value; quote it as in YAML") from None
+            values[key] = _parse_yaml(text)
+        except ValueError:
+            shown = _SHORT.repr(text)
+            raise InputError(f"--params {key}: {shown} cannot be read as a value; quote it as in YAML") from None
     return config_from_dict(values, source=str(path))
 
 
@@ -205,24 +222,118 @@ def config_from_dict(values: dict[str, Any], source: str) -> LearnConfig:
     typed = {}
     for key, value in values.items():
         if key not in types:
-            hint = did_you_mean(str(key), types)
-            raise InputError(f"{source}: unknown setting {key!r}{hint}; config.py lists every setting")
+            hint = did_you_mean(str(key)[:80], types)
+            raise InputError(f"{source}: unknown setting {_SHORT.repr(key)}{hint}; config.py lists every setting")
         try:
             typed[key] = _coerce(value, types[key])
         except (TypeError, ValueError, OverflowError):
-            raise InputError(f"{source}: {key} is {value!r}; expected {_describe(types[key])}") from None
+            found, expected = _SHORT.repr(value), _describe(types[key])
+            raise InputError(f"{source}: {key} is {found}; expected {expected}") from None
     return LearnConfig(**typed)
+
+
+# --- YAML ---
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what settings need: names, numbers, true, false and null, in lists and mappings that are written out.
+
+    Aliases, with which a few lines stand for gigabytes, are refused, and so is what reads like one value and means
+    another: numbers to the base of 2, 8, 16 or 60, dates, merged mappings, tags of types.
+    """
+
+    deepest = 3  # a mapping of settings, of which one may be a list, and one level more for a message about that
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        """Composes the next value, unless it is an alias or too deep inside others."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", event.start_mark)
+        if self.depth > self.deepest:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def number(self, node: yaml.Node) -> int | float:
+        """Returns a decimal number."""
+        text = self.construct_scalar(node).replace("_", "").lower()
+        if len(text) > 400 or ":" in text or re.match(r"[-+]?0[0-9box]", text):
+            raise self.refusal(node, "expected a decimal number")
+        kind = int if node.tag.endswith(":int") else float
+        return kind(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+    def mapping(self, node: yaml.Node) -> dict[Any, Any]:
+        """Returns a mapping whose keys are written out."""
+        if len(node.value) > MOST_KEYS:
+            raise self.refusal(node, f"more than {MOST_KEYS} keys")
+        return self.construct_mapping(node, deep=True)
+
+    def sequence(self, node: yaml.Node) -> list[Any]:
+        """Returns a list."""
+        return self.construct_sequence(node, deep=True)
+
+    def truth(self, node: yaml.Node) -> bool:
+        """Returns a truth value."""
+        text = self.construct_scalar(node).lower()
+        if text not in self.bool_values:
+            raise self.refusal(node, "expected true or false")
+        return self.bool_values[text]
+
+    def flatten_mapping(self, node: yaml.Node) -> None:
+        """Merges nothing into a mapping."""
+
+    def refusal(self, node: yaml.Node, expected: str = "only plain values are read") -> yaml.YAMLError:
+        """Returns an error that shows a value."""
+        shown = _SHORT.repr(node.value) if isinstance(node, yaml.ScalarNode) else "a collection"
+        return yaml.constructor.ConstructorError(None, None, f"{shown}: {expected}", node.start_mark)
+
+    def refuse(self, node: yaml.Node) -> Any:
+        """Raises an error that shows a value."""
+        raise self.refusal(node)
+
+    yaml_constructors: typing.ClassVar = {
+        None: refuse,
+        "tag:yaml.org,2002:null": yaml.SafeLoader.construct_yaml_null,
+        "tag:yaml.org,2002:str": yaml.SafeLoader.construct_yaml_str,
+        "tag:yaml.org,2002:bool": truth,
+        "tag:yaml.org,2002:int": number,
+        "tag:yaml.org,2002:float": number,
+        "tag:yaml.org,2002:seq": sequence,
+        "tag:yaml.org,2002:map": mapping,
+    }
+
+
+def _parse_yaml(text: str) -> Any:
+    """Returns what a YAML text stands for; raises a ValueError that says in a line why it cannot be read."""
+    try:
+        return _PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML lets through what its own conversions raise
+        raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder or a device")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise OSError(f"it has more than {LARGEST_FILE:,} bytes")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [known.name for known in path.parent.glob("*.yaml")])
         raise InputError(f"configuration {str(path)!r} does not exist{near}; see the folder configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"configuration {str(path)!r} cannot be read ({error}); expected a YAML text file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    try:
+        values = _parse_yaml(text)
+    except ValueError as error:
         raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
     if values is None:  # a file of comments only: all defaults
         return {}
@@ -231,9 +342,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+# --- From values to fields ---
+
+
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise InputError(f"{name} is {value!r}; expected {expected}")
+        raise InputError(f"{name} is {_SHORT.repr(value)}; expected {expected}")
 
 
 def _coerce(value: Any, wanted: Any) -> Any:
