@@ -27,12 +27,15 @@ class CommandLine(argparse.ArgumentParser):
 def exit_on_input_error() -> Iterator[None]:
     """Turns an ``InputError`` raised inside the block into one line on stderr and exit code 2.
 
+    What is not printable, such as a terminal's control characters in names out of files, is escaped.
     Any other exception is a defect of ours and keeps its traceback.
     """
     try:
         yield
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
