@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import dynamics_model
 from data.trajectories import Transitions
-from deterministic_model import DeterministicModel
-from dynamics_model import Architecture, Normalisation, random_stream
+from dynamics_model import KINDS, Architecture, Normalisation, random_stream
 from probabilistic_model import ProbabilisticModel
 from tracking import mlflow_store
 from training.batches import normalise_rows
@@ -30,10 +30,10 @@ from training.loop import train_ensemble
 # --- Data and members ---
 
 
-@pytest.fixture(params=[DeterministicModel, ProbabilisticModel], ids=["deterministic", "probabilistic"])
+@pytest.fixture(params=KINDS)
 def member_class(request):
-    """Each of the two kinds in turn."""
-    return request.param
+    """The members of each kind in turn."""
+    return dynamics_model.member_class(request.param)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def constant_member(unit_normalisation):
 
 @pytest.fixture
 def as_tuple():
-    """Returns a function that makes one form of what the two kinds predict: a tuple of one or two tensors."""
+    """Returns a function that makes one form of what kinds predict: a tuple of one or two tensors."""
     return lambda prediction: prediction if isinstance(prediction, tuple) else (prediction,)
 
 

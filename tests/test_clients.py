@@ -21,7 +21,7 @@ import torch
 
 from config import LearnConfig
 from data.trajectories import Transitions
-from dynamics_model import DynamicsEnsemble, load_models
+from dynamics_model import KINDS, DynamicsEnsemble, load_models
 from training.build import build_ensemble
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     held_out: bool
 
 
-CASES = [Case(kind, size, held) for kind in ("deterministic", "probabilistic") for size in (1, 20) for held in (0, 1)]
+CASES = [Case(kind, size, held) for kind in KINDS for size in (1, 20) for held in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def folder(paths, rows, tmp_path_factory):
     (folder / "dataset.pkl").write_bytes(pickle.dumps(dataset))
     transitions = Transitions(*rows, np.zeros(len(rows[0]), np.float32))
     for index, case in enumerate(CASES):
-        settings = {"probabilistic": case.kind == "probabilistic", "ensemble_size": case.ensemble_size}
+        settings = {"kind": case.kind, "ensemble_size": case.ensemble_size}
         ensemble = build_ensemble(LearnConfig(hidden_size=(8, 8), seed=index, **settings), transitions)
         if case.held_out:
             ensemble.holdout_idx = np.arange(59, 118)  # the second trajectory

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, DynamicsEnsemble, Normalisation
 from probabilistic_model import ProbabilisticModel
 
@@ -24,7 +25,7 @@ def test_member_takes_any_leading_axes_of_arrays_and_tensors(
 
     predictions = as_tuple(member(as_array(states), as_array(actions)))
 
-    assert len(predictions) == (2 if member_class is ProbabilisticModel else 1)
+    assert len(predictions) == (1 if member_class is DeterministicModel else 2)
     for prediction in predictions:
         assert type(prediction) is torch.Tensor and prediction.dtype == torch.float32
         assert prediction.shape == (*leading, 3)

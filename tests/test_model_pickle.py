@@ -17,7 +17,7 @@ import torch
 
 import dynamics_model
 from deterministic_model import DeterministicModel
-from dynamics_model import DynamicsEnsemble, load_ensemble, load_models
+from dynamics_model import KINDS, DynamicsEnsemble, load_ensemble, load_models
 from probabilistic_model import ProbabilisticModel
 
 ROOT = Path(dynamics_model.__file__).parent
@@ -182,7 +182,7 @@ def test_files_serve_a_fresh_process_that_has_only_the_three_modules(write_model
         shutil.copy(ROOT / f"{module}.py", folder)
     states, actions = draw_rows(1000)
     np.savez(tmp_path / "inputs.npz", states=states, actions=actions, next_states=states + 1)
-    files = {write_model(kind): tmp_path / f"{kind.__name__}.npz" for kind in (DeterministicModel, ProbabilisticModel)}
+    files = {write_model(kind): tmp_path / f"{kind.__name__}.npz" for kind in map(dynamics_model.member_class, KINDS)}
 
     arguments = [folder, tmp_path / "inputs.npz", *(path for pair in files.items() for path in pair)]
     # -I: neither this folder nor PYTHONPATH
@@ -191,7 +191,7 @@ def test_files_serve_a_fresh_process_that_has_only_the_three_modules(write_model
 
     assert process.returncode == 0, process.stderr
     printed = json.loads(process.stdout)
-    assert printed["files"] == [["list", "dict", METADATA]] * 2
+    assert printed["files"] == [["list", "dict", METADATA]] * len(KINDS)
     assert set(printed["modules"]) == set(MODULES)
     assert not printed["read the processor's data"], "what speeds training up is none of a planner's business"
     for model, outputs in files.items():

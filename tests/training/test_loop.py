@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+import dynamics_model
 from config import LearnConfig
+from data.trajectories import Transitions
 from deterministic_model import DeterministicModel
-from dynamics_model import random_stream
-from probabilistic_model import ProbabilisticModel
-from training.batches import normalise_rows
+from dynamics_model import KINDS, random_stream
+from probabilistic_model import PosthocModel, ProbabilisticModel
+from training.batches import NormalisedRows, normalise_rows
+from training.best_weights import BestWeights
 from training.build import build_ensemble
 from training.loop import train_ensemble
 from training.scores import score_rows
+from utils import InputError
+
+
+@pytest.fixture(params=["deterministic", "probabilistic", "faithful"])
+def member_class(request):
+    """The members of each kind that needs no held-out rows in turn."""
+    return dynamics_model.member_class(request.param)
 
 
 def small_config(member_class, **settings):
@@ -183,9 +193,9 @@ def test_training_ends_when_all_members_have_lost_patience(linear_system, train)
         assert kept[member] == pytest.approx(min(errors[: until + 1]), rel=1e-6)
 
 
-def test_member_that_never_had_a_finite_error_is_named_at_the_end(linear_system, train):
+def test_training_of_which_no_member_had_a_finite_error_fails(linear_system, train):
     config = small_config(DeterministicModel, fit_lr=1e30, scheduler=None)
-    with pytest.raises(FloatingPointError, match="member 0 diverged"):
+    with pytest.raises(FloatingPointError, match="every member diverged"):
         train(config, linear_system(100), linear_system(50))
 
 
@@ -298,15 +308,111 @@ def test_an_error_of_whoever_takes_the_epochs_ends_the_threads_at_once(start_tra
     assert threads_of_products() == [2, 2]
 
 
+# --- Kinds whose mean is that of a deterministic ensemble ---
+
+
+@pytest.fixture
+def noisy_system():
+    """Returns a function that draws rows whose change has noise of a deviation that is exp of the first state."""
+
+    def draw(rows, seed=0):
+        random = np.random.default_rng(seed)
+        states, actions = random.uniform(-1, 1, size=(rows, 2)), random.normal(size=(rows, 1))
+        change = 5 * np.sin(3 * states[:, :1]) + np.exp(states[:, :1]) * random.normal(size=(rows, 2))
+        return Transitions(*(part.astype(np.float32) for part in (states, actions, states + change, states[:, 0])))
+
+    return draw
+
+
+@pytest.mark.parametrize("huber_width", [None, 0.1])
+@pytest.mark.parametrize("kind", ["faithful", "posthoc"])
+def test_means_are_those_of_a_deterministic_ensemble_to_the_last_bit(kind, huber_width, noisy_system, train):
+    """Gradients are clipped, weights decay and the best ones are kept: the variance has a part in nothing of it."""
+    transitions, holdout = noisy_system(300), noisy_system(100, seed=1)
+    settings = {"ensemble_size": 2, "grad_clip": 0.05, "weight_decay": 0.1, "learn_reward": True, "layer_norm": True}
+    kinds = [dynamics_model.member_class(name) for name in ("deterministic", kind)]
+    configs = [small_config(each, huber_width=huber_width, **settings) for each in kinds]
+
+    (point, points), (gaussian, gaussians) = (train(config, transitions, holdout) for config in configs)
+
+    assert torch.equal(*(each.predict(holdout.states, holdout.actions)[0] for each in (point, gaussian)))
+    assert [epoch.holdout_scores["mse"] for epoch in points] == [epoch.holdout_scores["mse"] for epoch in gaussians]
+    for own, other in zip(point.dynamics.parameters(), gaussian.dynamics.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("kind", ["probabilistic", "faithful", "posthoc"])
+def test_variances_learn_where_the_noise_is(kind, noisy_system, train):
+    settings = {"ensemble_size": 2, "fit_epochs": 20, "fit_lr": 0.01}
+    config = small_config(dynamics_model.member_class(kind), **settings)
+
+    ensemble, _ = train(config, noisy_system(1000), noisy_system(400, seed=1))
+
+    tested = noisy_system(1000, seed=2)
+    _, variance = ensemble.predict(tested.states, tested.actions)
+    log_deviation, true = variance.detach().log() / 2, torch.as_tensor(tested.states[:, 0])
+    for values in log_deviation.movedim(-1, 1).flatten(0, 1):  # of each member and dimension
+        assert torch.corrcoef(torch.stack([values, true]))[0, 1] > 0.8
+        assert (values - true).mean().abs() < 0.2
+
+
+def test_variances_end_with_the_weights_that_rows_apart_judged_best(noisy_system, train, monkeypatch):
+    """Of 40 held-out rows, 32 are learned by heart at this rate, and the last 8 tell so."""
+    judged = []
+
+    class Watched(BestWeights):
+        def update(self, ensemble, *scores):
+            judged.append(scores[-1])
+            super().update(ensemble, *scores)
+
+    monkeypatch.setattr("training.loop.BestWeights", Watched)
+    config = small_config(PosthocModel, ensemble_size=2, fit_epochs=60, fit_lr=0.02, scheduler=None, batch_size=8)
+    holdout = noisy_system(40, seed=1)
+
+    ensemble, epochs = train(config, noisy_system(200), holdout)
+
+    rows = normalise_rows(ensemble, holdout)
+    found = score_rows(ensemble, NormalisedRows(rows.inputs[32:], rows.targets[32:], None))["nll"]
+    by_member = list(zip(*judged[len(epochs) :], strict=True))
+    assert len(by_member[0]) == 60
+    assert found == pytest.approx(list(map(min, by_member)), rel=1e-6)
+    assert min(scores[-1] - min(scores) for scores in by_member) > 0.1, "the last epoch was no good one"
+
+
+def test_a_second_phase_is_repeated_by_the_seed_and_leaves_mean_and_reward_alone(
+    noisy_system, train, assert_same_weights
+):
+    config = small_config(PosthocModel, ensemble_size=3, learn_reward=True)
+    rows = noisy_system(200), noisy_system(50, seed=1)
+    (first, _), (same, _) = train(config, *rows), train(config, *rows)
+    assert_same_weights(first, same)
+
+    begun = build_ensemble(config, rows[0])
+    train_rows, held_out = (normalise_rows(begun, each) for each in rows)
+    for epoch in train_ensemble(begun, config, train_rows, held_out):
+        best = [weights.clone() for weights in epoch.checkpoint()["best"]["weights"]]
+    for (name, parameter), kept in zip(begun.named_parameters(), best, strict=True):
+        is_variance = name.partition(".")[0] in ("variance", "max_logvar", "min_logvar")
+        assert torch.equal(parameter, kept) != is_variance, name
+
+
+def test_kind_that_needs_held_out_rows_says_so_before_it_trains(noisy_system, train):
+    with pytest.raises(InputError, match="learns its variance from held-out rows, of which there are 0"):
+        train(small_config(PosthocModel), noisy_system(50))
+
+
 # --- Going on from a checkpoint ---
 
 
-@pytest.mark.parametrize("holds_out", [False, True], ids=["final weights", "best weights"])
+RESUMED = [(kind, holds_out) for kind in KINDS for holds_out in (False, True) if holds_out or kind != "posthoc"]
+
+
+@pytest.mark.parametrize(("kind", "holds_out"), RESUMED)
 def test_training_resumed_from_any_checkpoint_ends_in_the_same_bits(
-    member_class, holds_out, linear_system, tmp_path, train, assert_same_weights
+    kind, holds_out, linear_system, tmp_path, train, assert_same_weights
 ):
     settings = {"bootstrap": True, "weight_decay": 1e-3, "grad_clip": 1, "learn_reward": True, "fit_lr": 0.02}
-    config = small_config(member_class, ensemble_size=3, scheduler="exponential", **settings)
+    config = small_config(dynamics_model.member_class(kind), ensemble_size=3, scheduler="exponential", **settings)
     transitions, holdout = linear_system(150, noise=0.3), linear_system(50, noise=0.3, seed=1)
     whole = build_ensemble(config, transitions)
     rows = normalise_rows(whole, transitions)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import dynamics_model
 from config import LearnConfig
 from deterministic_model import DeterministicEnsemble
 from dynamics_model import Architecture, DynamicsEnsemble
@@ -118,6 +119,22 @@ def test_dynamics_and_reward_are_clipped_apart(with_gradients):
 
     assert gradients(ensemble.dynamics) == [pytest.approx([0.6, 0, 0.8]), pytest.approx([0.3, 0, 0.4])]
     assert gradients(ensemble.reward) == [pytest.approx([0, 0.6, 0, 0.8]), pytest.approx([0, 0.3, 0, 0.4])]
+
+
+@pytest.mark.parametrize("kind", ["faithful", "posthoc"])
+def test_networks_that_a_kind_names_are_clipped_apart_and_parameters_without_gradients_left_out(kind, random_member):
+    ensemble = random_member(dynamics_model.member_class(kind), reward=True).network
+    for parameter in (*ensemble.dynamics.parameters(), *ensemble.variance.parameters(), ensemble.max_logvar):
+        parameter.grad = torch.ones_like(parameter)
+
+    clip_gradients(ensemble, max_norm=0.5)
+
+    of_variance = [*ensemble.variance.parameters(), ensemble.max_logvar]
+    for part in (list(ensemble.dynamics.parameters()), of_variance):
+        norm = sum(parameter.numel() for parameter in part) ** 0.5
+        for parameter in part:
+            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 0.5 / norm))
+    assert ensemble.min_logvar.grad is None and ensemble.reward.weights[0].grad is None
 
 
 def test_every_parameter_of_a_kind_is_clipped_with_the_dynamics(ensemble):
