@@ -1,5 +1,7 @@
 """Values of policies in models whose paths can be worked out, and in the real simulator."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,14 @@ from dynamics_model import DynamicsEnsemble
 from evaluation.policy_values import (
     PolicyTruths,
     StackedPolicies,
+    imagine_policies,
     perturb,
     policy_values,
     score_values,
     simulate_policies,
     standard_noise,
 )
+from model_env import ModelEnv
 from mujoco_tasks import Task, task
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -124,6 +128,26 @@ def test_states_are_clamped_and_paths_that_left_the_bounds_are_counted(step_up, 
     own = table.query("propagation == 'ts1' and horizon == 'truncated'")
     assert own.predicted.tolist() == pytest.approx([(1 + 2 + 2.5 + 2 + 2.5) / 2] * 2)
     assert own.escaped.tolist() == [1, 1]
+
+
+def test_path_that_came_back_has_still_left_the_bounds(constant_member, policies, truths, line):
+    falling = DynamicsEnsemble.from_members([constant_member(DeterministicModel, [-1.0, 0.0])])
+    bounds = np.array([-100.0, -10.0]), np.array([0.5, 10.0])  # left in the first step from 2 only
+    started = dataclasses.replace(truths, starts=np.float32([[1, 0], [2, 0]]))
+    table = policy_values(falling, policies, started, line, pay_position, bounds, propagations=["ts1"])
+    assert table.query("propagation == 'ts1'").escaped.tolist() == [0.5] * 4
+
+
+def test_particle_of_tsinf_keeps_its_member_when_others_have_ended(constant_member, line):
+    changes = (4.0, -1.0, -2.0)
+    members = [constant_member(DeterministicModel, [change, 0.0], delta_scale=[1.0, 1.0]) for change in changes]
+    ensemble = DynamicsEnsemble.from_members(members)
+    starts = np.zeros((3, 2), np.float32)
+    truths = PolicyTruths(("one",), starts, np.zeros((2, 1, 3)), np.zeros((2, 1, 3)), seed=0, steps=4)
+    core = ModelEnv(ensemble, line, reward=pay_position, propagation="tsinf", members="all", state_bounds=UNBOUNDED)
+    paid, _ = imagine_policies(core, StackedPolicies([random_policy(0)]), truths)
+    # One member each: 4 and the end; -1, -2, -3, -4; twice that.
+    assert sorted(paid.sum(axis=0).flatten().tolist()) == [-20, -10, 4]
 
 
 def test_policies_act_in_the_model_with_the_noise_of_the_simulator(constant_member, policies, truths, line):
