@@ -284,7 +284,9 @@ def _compare_spreads(results: Results, arm: str, reference: str, datasets: Seque
             limits = {"effect": ratio.value, "low": ratio.low, "high": ratio.high}
             lines.append({"dataset": dataset, "pairs": min(map(len, both)), **limits})
     if lines:
-        low, high = np.exp(np.quantile(np.mean(logs, axis=0), [0.025, 0.975]))
+        known = [np.isfinite(replicates) for replicates in logs]
+        means = np.mean(logs, axis=0)[np.logical_and.reduce(known)]
+        low, high = np.exp(np.quantile(means, [0.025, 0.975])) if len(means) else (np.nan, np.nan)
         effect = float(np.exp(np.mean(np.log([line["effect"] for line in lines]))))
         lines.append(_over_datasets(lines, {"effect": effect, "low": float(low), "high": float(high)}))
     return lines

@@ -23,7 +23,6 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from config import LearnConfig, config_from_dict
-from data.behaviour import SquashedGaussianPolicy
 from data.sources import source_attributes
 from data.splits import Split, split_trajectories
 from data.trajectories import Dataset, Transitions, gather_transitions
@@ -33,7 +32,7 @@ from evaluation.oracle import make_probes
 from evaluation.predictions import Rows, gather_rows, predict_one_step
 from evaluation.rollouts import validation_skill
 from study.horizons import HORIZONS, MAX_STARTS
-from study.policies import POLICIES, input_dim, policy_table, snapshot_folder
+from study.policies import load_snapshots, policy_table
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
@@ -427,8 +426,7 @@ def simulate_probes(dataset: Dataset, split: Split) -> dict[str, Rows]:
         InputError: If the dataset does not say which simulator made it and in which states, or it is not here.
     """
     noise = float(source_attributes(dataset.name).get("process_noise", 0.0))
-    files = sorted((POLICIES / snapshot_folder(dataset.env_name)).glob("*.npz")) if dataset.env_name else []
-    policies = [SquashedGaussianPolicy.load(file, dataset.env_name, input_dim(file)) for file in files]
+    policies = list(load_snapshots(dataset.env_name).values())
     return make_probes(dataset, split.test, seed=0, policies=policies, process_noise=noise)
 
 

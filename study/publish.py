@@ -4,8 +4,8 @@
 
 writes between two marker comments what the folders in ``results`` have shown: the answer of ``confirmation``, with its
 tables and three figures, and below it the curves over budgets (``budget_*``) and data sizes (``sizes*``) and the
-answers of all other studies. Without a confirmation it says that there is none yet. Then it moves the cells of each study from
-their folders into one file, its ``cells.parquet``: no command may be working on these studies meanwhile.
+answers of all other studies. Without a confirmation it says that there is none yet. Then it moves the cells of each
+study from their folders into one file, its ``cells.parquet``: no command may be working on these studies meanwhile.
 
 Cells that were made while files differed from their commit are not published: nobody could make them again.
 """

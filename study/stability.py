@@ -68,11 +68,13 @@ def spread_ratio(first: np.ndarray, second: np.ndarray) -> tuple[Interval, np.nd
     Returns:
         The ratio, and the logs of its replicates ``(B,)``, which are nan where there is too little to tell.
     """
-    ratio = float(robust_spread(first) / robust_spread(second))
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal members have no spread
+        ratio = float(robust_spread(first) / robust_spread(second))
     if min(len(first), len(second)) < FEWEST_PAIRS:
         return Interval(ratio, np.nan, np.nan), np.full(REPLICATES, np.nan)
-    logs = np.log(spread_replicates(first, seed=0)) - np.log(spread_replicates(second, seed=1))
-    low, high = np.exp(np.quantile(logs, [0.025, 0.975]))
+    with np.errstate(divide="ignore", invalid="ignore"):  # half of the draws may be one member
+        logs = np.log(spread_replicates(first, seed=0)) - np.log(spread_replicates(second, seed=1))
+    low, high = np.exp(np.nanquantile(logs, [0.025, 0.975], method="inverted_cdf"))
     return Interval(ratio, float(low), float(high)), logs
 
 

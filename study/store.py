@@ -1,9 +1,9 @@
 """Where the cells of a study are kept: in a folder each while it runs, in one Parquet file once it is packed.
 
-cells/ARM/DATASET/seed-N/     ``cell.json`` and a CSV file per table
-trials/ARM/DATASET/rate-X/    the same, of the trainings that choose learning rates
-cells.parquet                 all of them, once the study is packed
-.locks/                       locks by which processes that share the folder divide the cells among them
+cells/ARM/DATASET/split-S-seed-N/    ``cell.json`` and a CSV file per table
+trials/ARM/DATASET/rate-X/           the same, of the trainings that choose rates and horizons
+cells.parquet                        all of them, once the study is packed
+.locks/                              locks by which processes that share the folder divide the cells among them
 
 A packed study goes on like any other: what the file holds is done, further cells get folders, and packing again adds
 them to the file.
@@ -24,6 +24,8 @@ from filelock import FileLock
 
 from study.cells import Cell, CellRecord, Result, read_record
 from utils import InputError, atomic_write
+
+_TEXT_OR_NUMBER = ("rows", "horizon")  # columns that are text in some tables and numbers in others
 
 
 class CellStore:
@@ -97,7 +99,7 @@ def pack(folder: Path) -> None:
     table that a row is of. ``record`` is set in the first row of each cell only, whose ``table`` is ``cell``: it holds,
     as JSON, the contents of ``cell.json`` (``record``) and the types of the columns of the cell's tables (``types``).
     All other columns are those of the tables, empty in the rows of tables that lack them. Tables that share a column
-    must agree whether it holds text.
+    must agree whether it holds text; where ``rows`` and ``horizon`` are text, they are ``rows_text``, ``horizon_text``.
     """
     folders = {path.parent.relative_to(folder).as_posix(): path.parent for path in folder.glob("*/*/*/*/cell.json")}
     if not folders:
@@ -127,10 +129,19 @@ def _packed_rows(name: str, folder: Path) -> pa.Table:
     kept = {"record": json.loads((folder / "cell.json").read_text(encoding="utf-8")), "types": types}
     rows = [pa.table({"table": ["cell"], "record": [json.dumps(kept)]})]
     for table, frame in tables.items():
+        frame = frame.rename(columns=_packed_names(types[table]))
         part = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
         rows.append(part.add_column(0, "table", pa.array([table] * len(part), pa.string())))
     joined = pa.concat_tables(rows, promote_options="permissive")
     return joined.add_column(0, "cell", pa.array([name] * len(joined), pa.string()))
+
+
+def _packed_names(types: dict[str, str]) -> dict[str, str]:
+    """Returns the names in the packed file of a table's columns, by name, from the types of the columns."""
+    return {
+        column: f"{column}_text" if column in _TEXT_OR_NUMBER and kind in ("str", "object") else column
+        for column, kind in types.items()
+    }
 
 
 def read_packed(file: Path) -> dict[str, Result]:
@@ -146,7 +157,9 @@ def read_packed(file: Path) -> dict[str, Result]:
         kept = json.loads(parts[cell, "cell"]["record"][0].as_py())
         tables = {}
         for name, types in kept["types"].items():
-            table = parts.get((cell, name), rows.slice(0, 0)).select(list(types)).to_pandas()
+            packed = _packed_names(types)
+            table = parts.get((cell, name), rows.slice(0, 0)).select(list(packed.values())).to_pandas()
+            table.columns = list(types)
             tables[name] = table.astype({column: kind for column, kind in types.items() if kind != "str"})
         results[cell] = Result(CellRecord.from_dict(kept["record"], source=str(file)), tables)
     return results

@@ -1,5 +1,6 @@
 """Small cells to run on a small dataset, and made-up results of cells whose numbers can be worked out."""
 
+import itertools
 import math
 
 import numpy as np
@@ -43,10 +44,11 @@ def make_cell():
 def make_result():
     """Returns a function that makes up the result of a cell, with the tables that are given."""
 
-    def make(cell, tables=None, *, failure=None, val_mse=1.0, metrics=None):
-        outcome = CellOutcome(failure, None if failure else val_mse, metrics or {}, seconds=3600.0)
-        origin = Origin("c0ffee", {"python": "3.11", "torch": "2.9", "numpy": "2.1"})
-        return Result(CellRecord(cell.request("d1ge57"), outcome, origin), tables or {})
+    def make(cell, tables=None, *, failure=None, val_mse=1.0, metrics=None, commit="c0ffee"):
+        outcome = CellOutcome(failure, None if failure else val_mse, metrics or {})
+        origin = Origin(commit, {"python": "3.11", "torch": "2.9", "numpy": "2.1"})
+        timing = {"training": 3000.0, "test": 600.0}
+        return Result(CellRecord(cell.request("d1ge57"), outcome, timing, origin), tables or {})
 
     return make
 
@@ -55,35 +57,56 @@ def make_result():
 def make_study(make_cell, make_result):
     """Returns a function that makes up the results of a study of two arms, the errors of ``b`` twice those of ``a``.
 
-    Each cell has 4 test trajectories, and errors in proportion to arm, ``1 + seed`` and ``1 + trajectory``.
+    Each cell has 4 test trajectories, and errors in proportion to arm, ``1 + seed`` and ``1 + trajectory``. Each has 3
+    members, whose errors have no correlation and are 1, 2 and 3 times a unit.
     """
 
     def tables(scale, seed):
         trajectory, error = np.arange(4), scale * (1 + seed) * np.array([1.0, 2.0, 3.0, 4.0])
         steps = np.array([1, 5, 10, 25, 50])
         reached = {1: 4, 5: 3, 10: 2, 25: 1, 50: 1}  # start points with that many steps left
-        starts = [(t, k, error[t] * k) for k, count in reached.items() for t in trajectory[:count]]
-        members = {"predictor": ["ensemble", "member_0", "member_1", "member_2"], "rmse": [1.0, 2.0, 4.0, 8.0]}
+        starts = [(p, t, k, error[t] * k) for p in ("mean", "tsinf") for k, n in reached.items() for t in range(n)]
         curve = {"step": [0, 1, 2] * 2, "model_id": [0] * 3 + [1] * 3, "val_mse": [4.0, 1.0, math.e, 3.0, 2.0, 1.0]}
-        rollout = {"propagation": "tsinf", "horizon": steps, "median": error[1] * steps, "exploded": steps / 100}
-        still = {"propagation": "no_change", "horizon": steps, "median": 10.0 * steps, "exploded": 0.0}
+        rollouts = [
+            {
+                "propagation": name,
+                "horizon": steps,
+                "median": error[1] * steps,
+                "skill": 1 / steps,
+                "exploded": 0.1 * scale,
+            }
+            for name in ("mean", "tsinf")
+        ]
+        first, second = np.triu_indices(3)
+        products = np.square(scale * np.array([1.0, 2.0, 3.0]))[first] * (first == second)
+        uncertainty = {"measure": "total_std", "spearman": [0.5, 0.2], "auroc_worst": 0.8, "rows": ["test", "probe"]}
         return {
             "trajectories": pd.DataFrame(
-                {"trajectory": trajectory, "rows": 10, "mse": np.square(error), "crps_recalibrated": error}
+                {
+                    "trajectory": trajectory,
+                    "rows": 10,
+                    "mse": np.square(error),
+                    "nll": scale,
+                    "crps": error,
+                    "sharpness": error,
+                }
             ),
-            "starts": pd.DataFrame(starts, columns=["trajectory", "horizon", "error"]),
-            "one_step": pd.DataFrame(members),
+            "row_errors": pd.DataFrame({"trajectory": np.repeat(trajectory, 3), "error": np.repeat(error, 3)}),
+            "member_products": pd.DataFrame({"first": first, "second": second, "product": products}),
+            "starts": pd.DataFrame(starts, columns=["propagation", "trajectory", "horizon", "error"]),
             "training": pd.DataFrame(curve),
-            "rollout": pd.concat([pd.DataFrame(rollout), pd.DataFrame(still)], ignore_index=True),
+            "rollout": pd.concat(map(pd.DataFrame, rollouts), ignore_index=True),
+            "uncertainty": pd.DataFrame(uncertainty),
+            "calibration": pd.DataFrame({"variant": ["raw"], "dimension": ["all"], "ece": [0.1 * scale]}),
             "reliability": pd.DataFrame({"variant": "raw", "promised": [0.5, 0.9], "observed": [0.4, 0.8]}),
         }
 
-    def make(datasets=("x",), seeds=3, failing=()):
+    def make(datasets=("x",), seeds=3, failing=(), splits=(0,)):
         results = {}
-        for seed in range(seeds):
+        for seed, split in itertools.product(range(seeds), splits):
             for dataset in datasets:
                 for arm, scale in (("a", 1.0), ("b", 2.0)):
-                    cell = make_cell(arm, dataset, seed=seed, fit_lr=0.1)
+                    cell = make_cell(arm, dataset, seed=seed, split_seed=split, fit_lr=0.1)
                     if cell.key in failing:
                         results[cell.key] = make_result(cell, failure="diverged")
                     else:

@@ -1,20 +1,15 @@
-from functools import partial
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from study.paired_statistics import (
     Estimate,
-    compare_spreads,
     crossed_interval,
     holm,
-    interquartile_mean,
     pool,
-    probability_of_improvement,
     resample_counts,
     satterthwaite,
-    stratified_interval,
+    seed_interval,
     weighted_mean,
     weighted_median,
 )
@@ -109,6 +104,13 @@ def test_crossed_interval_needs_two_of_both():
     assert np.isnan(crossed_interval(np.empty(0), np.empty((10, 0)), 9).mean)
 
 
+def test_seed_interval_is_the_t_interval():
+    values = np.array([0.1, 0.4, 0.2, 0.7, -0.1])
+    estimate, textbook = seed_interval(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((textbook.low, textbook.high))
+    assert np.isnan(seed_interval(values[:1]).low) and np.isnan(seed_interval(np.empty(0)).mean)
+
+
 def test_satterthwaite_by_hand():
     assert satterthwaite([2.0, 1.0], [4, 10]) == pytest.approx(9 / (4 / 4 + 1 / 10))
     assert satterthwaite([2.0, 0.0], [4, 10]) == pytest.approx(4)
@@ -122,43 +124,6 @@ def test_pool_by_hand():
     assert pooled.degrees == pytest.approx(0.0625**2 / (0.0225**2 / 4 + 0.04**2 / 6))
 
 
-# --- Spread ---
-
-
-def test_spreads_are_pitmans_and_morgans_test():
-    random = np.random.default_rng(3)
-    first, second = random.normal(size=(2, 8)) * [[2.0], [1.0]]
-    found = compare_spreads(first, second)
-    assert found.ratio == pytest.approx(first.std(ddof=1) / second.std(ddof=1))
-    assert found.p_value == pytest.approx(stats.pearsonr(first + second, first - second).pvalue)
-    assert found.low * found.high == pytest.approx(found.ratio**2)
-    for limit in (found.low, found.high):  # a ratio at the limit is just not refused
-        assert stats.pearsonr(first + limit * second, first - limit * second).pvalue == pytest.approx(0.05)
-
-
-def simulated_spreads(random, ratio, scale=1.0):
-    shared = random.normal(size=5)
-    return compare_spreads(*(scale * (shared + random.normal(size=(2, 5))) * [[ratio], [1.0]]))
-
-
-def test_spreads_interval_covers_what_it_promises():
-    random = np.random.default_rng(5)
-    draws = [simulated_spreads(random, ratio=3) for _ in range(1000)]
-    assert np.mean([draw.low <= 3 <= draw.high for draw in draws]) == pytest.approx(0.95, abs=0.015)
-
-
-def test_pooled_spreads_cover_what_they_promise():
-    random = np.random.default_rng(6)
-    draws = [pool([simulated_spreads(random, 3, 10**k).log for k in range(4)]) for _ in range(700)]
-    assert np.mean([draw.low <= np.log(3) <= draw.high for draw in draws]) == pytest.approx(0.95, abs=0.02)
-
-
-def test_spreads_need_three_pairs():
-    found = compare_spreads(np.array([1.0, 3.0]), np.array([1.0, 2.0]))
-    assert found.ratio == pytest.approx(2)
-    assert np.isnan([found.low, found.high, found.p_value]).all()
-
-
 # --- Many tests ---
 
 
@@ -170,45 +135,3 @@ def test_holm_by_hand():
 def test_holm_is_no_more_than_one_and_leaves_out_what_was_not_tested():
     assert holm([0.9, np.nan, 0.6]) == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
     assert holm([]).shape == (0,)
-
-
-# --- Aggregates ---
-
-
-def test_interquartile_mean_by_hand():
-    # of 1 ... 8, the middle half is 3, 4, 5, 6
-    assert interquartile_mean(np.array([[8.0, 1.0, 6.0, 3.0], [2.0, 7.0, 4.0, 5.0]])) == 4.5
-    assert interquartile_mean(np.array([[8.0, 1.0, 6.0, 3.0], [2.0, np.inf, 4.0, 5.0]])) == pytest.approx(4.5)
-
-
-def test_probability_of_improvement_by_hand():
-    errors, reference = np.array([[1.0, 3.0], [2.0, np.inf]]), np.array([[2.0, 3.0], [2.0, np.inf]])
-    # first task: 1 beats both, 3 loses to 2 and ties 3: 2.5 of 4; second: a tie, a win, a loss, a tie: 2 of 4
-    assert probability_of_improvement(errors, reference) == pytest.approx((2.5 / 4 + 2 / 4) / 2)
-
-
-def test_aggregates_of_many_replicates_are_those_of_each():
-    random = np.random.default_rng(8)
-    errors, reference = random.normal(size=(2, 7, 3, 5)).round(1)
-    means, probabilities = interquartile_mean(errors), probability_of_improvement(errors, reference)
-    assert means.shape == probabilities.shape == (7,)
-    for index in range(7):
-        assert means[index] == interquartile_mean(errors[index])
-        assert probabilities[index] == probability_of_improvement(errors[index], reference[index])
-
-
-def test_probability_of_improvement_is_mann_whitneys_statistic():
-    random = np.random.default_rng(6)
-    errors, reference = random.normal(size=(3, 5)), random.normal(size=(3, 4))
-    per_task = [stats.mannwhitneyu(r, e).statistic / 20 for e, r in zip(errors, reference, strict=True)]
-    assert probability_of_improvement(errors, reference) == pytest.approx(np.mean(per_task))
-
-
-def test_stratified_interval_resamples_within_tasks():
-    scores = np.array([[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]])  # no task varies
-    mean = partial(np.mean, axis=(-2, -1))
-    assert stratified_interval(mean, [scores]) == (3.0, 3.0)
-    random = np.random.default_rng(7)
-    many = random.normal(size=(1, 400))
-    low, high = stratified_interval(mean, [many])
-    assert high - low == pytest.approx(2 * 1.96 * many.std() / 20, rel=0.1)

@@ -57,9 +57,9 @@ def test_packed_cells_are_the_same_as_in_folders(tmp_path, study):
         for table, frame in result.tables.items():
             assert list(packed.tables[table]) == list(frame)
             pd.testing.assert_frame_equal(packed.tables[table], frame, check_exact=True)
-    first = store.read("cells/gauss/one/seed-0").tables["first"]
+    first = store.read("cells/gauss/one/split-0-seed-0").tables["first"]
     assert first.dtypes.astype(str).to_dict() == {"nothing": "int64", "extreme": "int64", "other": "int64"}
-    assert "cells/gauss/one/seed-1" not in store
+    assert "cells/gauss/one/split-0-seed-1" not in store
 
 
 def test_further_cells_are_packed_with_the_others(tmp_path, study, make_cell, make_result):
@@ -74,8 +74,22 @@ def test_further_cells_are_packed_with_the_others(tmp_path, study, make_cell, ma
     store = CellStore(folder)
     assert store.read(later.name).tables["third"].third.tolist() == ["text"]
     assert list(store.read(again.name).tables["first"]) == ["new"]  # a folder is younger than the file
-    for name in ("cells/gauss/one/seed-0", "trials/wild/one/rate-0.005"):
+    for name in ("cells/gauss/one/split-0-seed-0", "trials/wild/one/rate-0.005"):
         assert is_same(store.read(name), study[name])
+
+
+def test_rows_and_horizon_may_be_text_or_numbers(tmp_path, make_cell, make_result):
+    folder, cell = tmp_path / "study", make_cell()
+    text, numbers = (
+        pd.DataFrame({"rows": ["test"], "horizon": ["truncated"]}),
+        pd.DataFrame({"rows": [3], "horizon": [5]}),
+    )
+    CellStore(folder).write(cell.name, make_result(cell, {"text": text, "numbers": numbers}))
+    pack(folder)
+    tables = CellStore(folder).read(cell.name).tables
+    pd.testing.assert_frame_equal(tables["text"], text)
+    pd.testing.assert_frame_equal(tables["numbers"], numbers)
+    assert {"rows", "rows_text", "horizon_text"} <= set(pd.read_parquet(folder / "cells.parquet"))
 
 
 def test_a_column_is_text_in_all_tables_or_in_none(tmp_path, study, make_cell, make_result):
@@ -91,19 +105,21 @@ def test_a_column_is_text_in_all_tables_or_in_none(tmp_path, study, make_cell, m
 def test_a_packed_file_is_a_table_that_tells_whose_rows_are_whose(tmp_path, study):
     pack(tmp_path / "study")
     rows = pd.read_parquet(tmp_path / "study" / "cells.parquet")
-    chosen = rows[(rows.cell == "cells/point/one/seed-0") & (rows.table == "second")].dropna(axis="columns", how="all")
+    chosen = rows[(rows.cell == "cells/point/one/split-0-seed-0") & (rows.table == "second")].dropna(
+        axis="columns", how="all"
+    )
     assert set(chosen) == {"cell", "table", "text", "part"}
     assert chosen.text.tolist() == ["a,b", 'c"d']
 
 
 def test_packing_keeps_what_was_written_not_what_is_read_from_it(tmp_path, study):
-    path = tmp_path / "study" / "cells/point/one/seed-0" / "cell.json"
+    path = tmp_path / "study" / "cells/point/one/split-0-seed-0" / "cell.json"
     kept = json.loads(path.read_text())
     del kept["request"]["config"]["layer_norm"]  # as in a cell that is older than the setting
     path.write_text(json.dumps(kept))
     pack(tmp_path / "study")
     rows = pd.read_parquet(tmp_path / "study" / "cells.parquet")
-    (text,) = rows.record[rows.cell == "cells/point/one/seed-0"].dropna()
+    (text,) = rows.record[rows.cell == "cells/point/one/split-0-seed-0"].dropna()
     assert json.loads(text)["record"] == kept
 
 
@@ -136,7 +152,7 @@ def test_a_file_that_cannot_be_written_loses_no_cell(tmp_path, study, monkeypatc
 
 
 def test_results_differ_by_type_value_and_name(study):
-    one = study["cells/point/one/seed-0"]
+    one = study["cells/point/one/split-0-seed-0"]
     assert is_same(one, Result(one.record, dict(one.tables)))
     for table in (
         one.tables["first"].astype({"whole": float}),
@@ -145,7 +161,7 @@ def test_results_differ_by_type_value_and_name(study):
         one.tables["first"].iloc[:, ::-1],
     ):
         assert not is_same(one, Result(one.record, one.tables | {"first": table}))
-    assert not is_same(one, Result(study["cells/gauss/one/seed-0"].record, one.tables))
+    assert not is_same(one, Result(study["cells/gauss/one/split-0-seed-0"].record, one.tables))
 
 
 # --- Requests ---

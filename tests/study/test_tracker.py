@@ -2,10 +2,12 @@ import json
 import os
 
 import pandas as pd
+import pytest
 from mlflow.tracking import MlflowClient
 
 from study.store import CellStore
-from study.tracker import open_study, study_command
+from study.tracker import check_study, open_study, study_command
+from utils import InputError
 
 
 def test_mlflow_has_one_run_per_cell_under_the_studys(workplace, make_cell, make_result):
@@ -29,13 +31,13 @@ def test_mlflow_has_one_run_per_cell_under_the_studys(workplace, make_cell, make
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["report.html"]
     found = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{tracker.run_id}'")
     runs = {run.info.run_name: run for run in found}
-    assert runs.keys() == {"cells/gauss/one/seed-1", "cells/wild/one/seed-0"} and len(found) == 2
-    run = runs["cells/gauss/one/seed-1"]
+    assert runs.keys() == {"cells/gauss/one/split-0-seed-1", "cells/wild/one/split-0-seed-0"} and len(found) == 2
+    run = runs["cells/gauss/one/split-0-seed-1"]
     assert run.data.metrics == {"nrmse": 0.25, "val_mse/mean": 0.75}
     assert (run.data.params["probabilistic"], run.data.tags["arm"], run.info.status) == ("True", "gauss", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "val_mse/mean")
     assert [(point.step, point.value) for point in history] == [(0, 3.0), (1, 0.75)]
-    assert runs["cells/wild/one/seed-0"].info.status == "FAILED"
+    assert runs["cells/wild/one/split-0-seed-0"].info.status == "FAILED"
 
 
 def test_mlflow_never_stops_a_study(tmp_path, monkeypatch, capsys, make_cell, make_result):
@@ -47,3 +49,10 @@ def test_mlflow_never_stops_a_study(tmp_path, monkeypatch, capsys, make_cell, ma
     assert tracker.run_id is None
     assert capsys.readouterr().err.count("MLflow has not all of this study") == 1
     assert study_command(tmp_path / "study") == "command"
+
+
+def test_a_study_of_another_version_is_refused(tmp_path):
+    check_study(tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps({"command": "command"}))
+    with pytest.raises(InputError, match=r"study\.json was made by another version \(format 1, expected 2\)"):
+        check_study(tmp_path)
