@@ -142,12 +142,12 @@ def test_particle_of_tsinf_keeps_its_member_when_others_have_ended(constant_memb
     changes = (4.0, -1.0, -2.0)
     members = [constant_member(DeterministicModel, [change, 0.0], delta_scale=[1.0, 1.0]) for change in changes]
     ensemble = DynamicsEnsemble.from_members(members)
-    starts = np.zeros((3, 2), np.float32)
-    truths = PolicyTruths(("one",), starts, np.zeros((2, 1, 3)), np.zeros((2, 1, 3)), seed=0, steps=4)
+    starts = np.zeros((9, 2), np.float32)
+    truths = PolicyTruths(("one",), starts, np.zeros((2, 1, 9)), np.zeros((2, 1, 9)), seed=0, steps=4)
     core = ModelEnv(ensemble, line, reward=pay_position, propagation="tsinf", members="all", state_bounds=UNBOUNDED)
     paid, _ = imagine_policies(core, StackedPolicies([random_policy(0)]), truths)
-    # One member each: 4 and the end; -1, -2, -3, -4; twice that.
-    assert sorted(paid.sum(axis=0).flatten().tolist()) == [-20, -10, 4]
+    # Three have each member: 4 and the end; -1, -2, -3, -4; twice that.
+    assert sorted(paid.sum(axis=0).flatten().tolist()) == [-20] * 3 + [-10] * 3 + [4] * 3
 
 
 def test_policies_act_in_the_model_with_the_noise_of_the_simulator(constant_member, policies, truths, line):
