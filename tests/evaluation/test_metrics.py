@@ -233,6 +233,17 @@ def test_correlations_of_a_monotonous_but_bent_relation():
     assert np.isnan(metrics.pearson(np.ones(4), uncertainty))
 
 
+def test_correlations_ranks_and_auroc_are_those_of_other_libraries(rng):
+    first, second = rng.normal(size=(2, 200)).round(1)  # with ties
+    second += first
+    np.testing.assert_array_equal(metrics.ranks(first), stats.rankdata(first))
+    assert metrics.spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert metrics.pearson(first, second) == pytest.approx(stats.pearsonr(first, second).statistic)
+    roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+    expected = roc_auc_score(np.arange(200) < 50, first)
+    assert metrics.auroc(first[:50], first[50:]) == pytest.approx(expected)
+
+
 def test_auroc_counts_pairs():
     # Of the six pairs (positive, negative), two are in order and one is a tie.
     assert metrics.auroc(np.array([2.0, 5.0]), np.array([1.0, 5.0, 6.0])) == pytest.approx(2.5 / 6)
