@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from study.analysis import POOLED
+from study.cells import FORMAT
 from study.publish import main
 from study.store import CellStore
 
@@ -12,85 +13,103 @@ BEGIN, END = "<!-- begin results -->\n", "<!-- end results -->\n"
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """The tables of a study of two arms on one dataset, in the folder of a README with a section to fill."""
-    folder = tmp_path / "results" / "first"
-    folder.mkdir(parents=True)
-    common = {"metric": "nrmse", "arm": "pnn", "reference": "dnn", "low": 1.1, "high": 1.5, "p_value": 0.01}
-    rows = [
-        common | {"dataset": "hopper", "ratio": 1.25, "p_holm": 0.02},
-        common | {"dataset": POOLED, "ratio": 1.3, "p_holm": None},
-    ]
-    pd.DataFrame(rows).to_csv(folder / "paired.csv", index=False)
-    rates = [("dnn", 0.001, False), ("dnn", 0.002, True), ("dnn", 0.005, False)]
-    rates += [("pnn", 0.001, False), ("pnn", 0.002, False), ("pnn", 0.005, True)]
-    pd.DataFrame(rates, columns=["arm", "fit_lr", "is_chosen"]).to_csv(folder / "learning_rates.csv", index=False)
-    (folder / "study.json").write_text(json.dumps({"command": "python compare_models.py --seeds 5"}))
+def make_folder(tmp_path: Path):
+    """Returns a function that makes the tables of a study, in the folder of a README with a section to fill."""
     (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}outdated\n{END}\nafter\n")
-    return folder
+    (tmp_path / "results").mkdir()
+
+    def make(name: str, epochs: int = 30) -> Path:
+        folder = tmp_path / "results" / name
+        folder.mkdir()
+        common = {"metric": "nrmse", "arm": "pnn", "reference": "dnn", "low": 1.1, "high": 1.5, "verdict": "worse"}
+        rows = [
+            common | {"dataset": "hopper", "effect": 1.25},
+            common | {"dataset": POOLED, "effect": 1.3, "least": 1.25, "most": 1.25},
+        ]
+        pd.DataFrame(rows).to_csv(folder / "paired.csv", index=False)
+        edge = {"arm": ["pnn"], "dataset": ["hopper"], "fit_lr": [0.005], "is_edge": [True]}
+        pd.DataFrame(edge).to_csv(folder / "sensitivity.csv", index=False)
+        values = {"metric": ["nrmse"], "dataset": ["hopper"], "arm": ["pnn"], "fit_epochs": [epochs], "rows": [None]}
+        pd.DataFrame(values | {"value": [1.0], "low": [0.9], "high": [1.1]}).to_csv(folder / "values.csv", index=False)
+        study = {"format": FORMAT, "command": f"python compare_models.py --output {name}"}
+        (folder / "study.json").write_text(json.dumps(study))
+        return folder
+
+    return make
 
 
-def publish(study: Path, *more: str) -> str:
-    """Runs the command on the README beside the results, and returns what it then says."""
-    readme = study.parent.parent / "README.md"
-    assert main([str(study), *more, "--readme", str(readme)]) == 0
-    return readme.read_text()
+def publish(root: Path) -> str:
+    """Runs the command, and returns what the README then says."""
+    assert main(["--results", str(root / "results"), "--readme", str(root / "README.md")]) == 0
+    return (root / "README.md").read_text()
 
 
-def test_the_section_has_ratios_figures_rates_at_the_edge_and_the_command(study):
-    text = publish(study)
+def test_the_section_has_answers_figures_rates_at_the_edge_and_the_command(tmp_path, make_folder):
+    make_folder("confirmation")
+    text = publish(tmp_path)
 
     assert text.startswith(f"# Title\n\n{BEGIN}")
     assert text.endswith(f"{END}\nafter\n")
-    assert "outdated" not in text
-    assert "| one-step nRMSE | 1.3 [1.1, 1.5]; better on 0, worse on 1 of 1 |" in text
-    assert "1.25 [1.1, 1.5] *" in text
-    for name in ("horizon", "calibration", "stability"):
-        assert f"](results/first/{name}.png)" in text
-    assert "may lie: pnn 0.005." in text
-    assert "`python compare_models.py --seeds 5`" in text
+    assert "outdated" not in text and "is running" not in text
+    assert "| nRMSE | worse 1; 1.3 (1.25 to 1.25) |" in text
+    assert "1.25 [1.1, 1.5] worse" in text
+    for name in ("effects", "horizon", "stability"):
+        assert f"](results/confirmation/{name}.png)" in text
+    assert "may lie: pnn on hopper 0.005." in text
+    assert "`python compare_models.py --output confirmation`" in text
+    assert publish(tmp_path) == text
 
 
-def test_publishing_again_changes_nothing(study):
-    assert publish(study) == publish(study)
+def test_without_a_confirmation_nothing_is_claimed(tmp_path, make_folder):
+    text = publish(tmp_path)
+    assert "The confirmation is running" in text and "results/exploratory/README.md" in text
+    assert "nRMSE" not in text
 
 
-def test_published_studies_are_packed(study, make_cell, make_result):
+def test_further_studies_follow_and_budgets_make_a_curve(tmp_path, make_folder):
+    for name, epochs in (("layer_norm", 30), ("confirmation", 30), ("budget_15", 15), ("budget_60", 60)):
+        make_folder(name, epochs)
+    text = publish(tmp_path)
+    assert text.count("1.25 [1.1, 1.5] worse") == 2  # those of the budgets are in the figure
+    assert text.index("--output confirmation") < text.index("--output layer_norm")
+    assert "](results/budget.png)" in text
+    assert (tmp_path / "results" / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_studies_are_packed(tmp_path, make_folder, make_cell, make_result):
+    study = make_folder("confirmation")
     cells, store = [make_cell(), make_cell(is_trial=True)], CellStore(study)
     for cell in cells:
         store.write(cell.name, make_result(cell))
-    publish(study)
-    assert sorted(path.name for path in study.iterdir()) == [
-        "cells.parquet",
-        "learning_rates.csv",
-        "paired.csv",
-        "study.json",
-    ]
+    publish(tmp_path)
+    assert not (study / "cells").exists() and not (study / "trials").exists()
     for cell in cells:
         assert CellStore(study).read(cell.name).record == make_result(cell).record
+    publish(tmp_path)
 
 
-def test_further_studies_follow_with_their_ratios(study):
-    text = publish(study, str(study))
-
-    assert text.count("1.25 [1.1, 1.5] *") == 2
-    assert text.count("horizon.png") == 1
-
-
-@pytest.mark.parametrize("missing", ["study", "markers"])
-def test_what_is_missing_is_named_and_nothing_is_written(study, missing, capsys, make_cell, make_result):
-    readme = study.parent.parent / "README.md"
-    if missing == "study":
-        (study / "paired.csv").unlink()
-    else:
+@pytest.mark.parametrize("missing", ["table", "markers", "format", "commit", "commit of a packed cell"])
+def test_what_is_wrong_is_named_and_nothing_is_written(missing, tmp_path, make_folder, capsys, make_cell, make_result):
+    study, readme, cell = make_folder("confirmation"), tmp_path / "README.md", make_cell()
+    unclean = missing.startswith("commit")
+    CellStore(study).write(cell.name, make_result(cell, commit="c0ffee+" if unclean else "c0ffee"))
+    said = {"table": "sensitivity.csv does not exist", "markers": "has no lines", "format": "made by another version"}
+    if missing == "table":
+        (study / "sensitivity.csv").unlink()
+    elif missing == "markers":
         readme.write_text("# Title\n")
-    before, cell = readme.read_text(), make_cell()
-    CellStore(study).write(cell.name, make_result(cell))
+    elif missing == "format":
+        (study / "study.json").write_text(json.dumps({"command": ""}))
+    elif missing == "commit of a packed cell":
+        from study.store import pack
+
+        pack(study)
+    before = readme.read_text()
     with pytest.raises(SystemExit) as ended:
-        main([str(study), "--readme", str(readme)])
+        publish(tmp_path)
 
     assert ended.value.code == 2
-    assert ("paired.csv does not exist" if missing == "study" else "has no lines") in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said.get(missing, f"{cell.name} were made while files differed") in error
     assert readme.read_text() == before
-    assert (study / cell.name).exists()
-    assert not (study / "cells.parquet").exists()
+    assert (study / cell.name).exists() == (missing != "commit of a packed cell")
