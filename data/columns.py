@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from data.flags import join_flags, read_flags
+from data.limits import Budget
 from data.nested import Leaf, join_names, listed, nested_findings, pick_leaves
 from data.precision import SAMPLED_ROWS, precision_finding, unresolved_dimensions
-from data.trajectories import Finding
+from data.trajectories import Finding, printable
 from utils import InputError, did_you_mean
 
 REQUIRED_FIELDS = ("observations", "actions")
@@ -30,6 +31,7 @@ SIMULATOR_NAMES = {
 SIMULATOR_LIKE = ("qpos", "qvel")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 BLOCK_ROWS = 65536
+LONGEST_NAME = 200  # characters, of an environment
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,14 @@ class Recording:
     env_name: str | None = None
     sha256: str | None = None
 
+    def __post_init__(self) -> None:
+        """Makes the environment's name, which anybody can have written, one that can be printed."""
+        if self.env_name is not None:
+            object.__setattr__(self, "env_name", printable(self.env_name)[:LONGEST_NAME])
+
 
 def read_columns(
-    stretches: Sequence[Stretch], where: str, wanted: Wanted, *, stretches_are_episodes: bool
+    stretches: Sequence[Stretch], where: str, wanted: Wanted, budget: Budget, *, stretches_are_episodes: bool
 ) -> tuple[dict[str, np.ndarray], list[Finding]]:
     """Picks, checks and joins columns.
 
@@ -86,6 +93,7 @@ def read_columns(
         stretches: Rows of the file, in order.
         where: The file, for messages.
         wanted: What else to read.
+        budget: How much may be made of the file.
         stretches_are_episodes: Whether an episode ends with every stretch.
 
     Returns:
@@ -100,6 +108,7 @@ def read_columns(
     _check_alike(picked)
     if not any(part.rows for part in picked):
         raise InputError(f"{where} is empty (0 rows); collect or fetch the dataset again")
+    budget.take(sum(part.size for part in picked), f"its {sum(part.rows for part in picked):,} rows")
     flags, findings = join_flags(
         [read_flags(part.entries, part.rows, part.where, is_episode=stretches_are_episodes) for part in picked],
         stretches_are_episodes=stretches_are_episodes,
@@ -137,6 +146,12 @@ class _Picked:
     rows: int
     leaves: dict[str, list[Leaf]]
     left_out: list[str]
+
+    @property
+    def size(self) -> int:
+        """How many bytes its rows take as they are read, at least those of float32."""
+        leaves = [leaf for parts in self.leaves.values() for leaf in parts]
+        return self.rows * sum(leaf.width * max(4, leaf.column.dtype.itemsize) for leaf in leaves)
 
 
 def _pick(stretch: Stretch, wanted: Wanted) -> _Picked:
@@ -178,6 +193,8 @@ def _check_kind(leaf: Leaf, field: str, where: str) -> None:
     if isinstance(column, Mapping):
         raise InputError(f"{where}: {name} is a group of {listed(column)}, expected one array")
     shape, dtype = column.shape, column.dtype
+    if shape is None:
+        raise InputError(f"{where}: {name} is empty: it has a type, but no dataspace, expected an array")
     if field in STATE_FIELDS and len(shape) == 3 and dtype.kind == "f":
         raise InputError(
             f"{where}: {name} has shape {shape}; if that is (episodes, steps, features), save (rows, features) and an "

@@ -87,6 +87,8 @@ def _as_flags(column: Any, rows: int, is_episode: bool) -> np.ndarray:
     """Returns a column as bool ``(rows,)``; raises a ValueError that says why it is none."""
     if isinstance(column, Mapping):
         raise ValueError("is a group, expected one flag per row")
+    if column.shape is None:
+        raise ValueError("is empty: it has a type, but no dataspace, expected one flag per row")
     if column.dtype.kind not in "fiub":
         raise ValueError(f"holds {column.dtype} values, expected 0 or 1")
     if column.shape == () and is_episode:

@@ -1,7 +1,9 @@
 """HDF5 files: opening them safely, saying what is wrong with one, and D4RL's layout of them.
 
 An HDF5 file can name other files to read: by external links, external storage and virtual datasets. A file from a
-stranger must not read what is not its own, so all three are refused; entries are only ever reached through ``Group``.
+stranger must not read what is not its own, so all three are refused. It can also declare arrays that no memory holds.
+So entries are only ever reached through ``Group``, which follows links inside the file and knows three layouts, and
+read through ``Array``, which counts first.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +22,14 @@ import h5py
 import numpy as np
 
 from data.columns import Recording, Stretch, Wanted, read_columns
+from data.limits import Budget
 from data.trajectories import Dataset
 from utils import InputError, atomic_write
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # at the start of the file, or at 512, 1024, 2048, ... bytes
 CHUNK_ROWS = 50_000
 MAX_SOFT_LINKS = 16  # a link may lead to a link
+LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)  # of arrays that are in the file itself
 
 # A lock that cannot be had for one of these reasons is held by somebody. For any other, the file system has no locks
 # (NFS, Lustre and others), and none tells whether somebody writes.
@@ -52,7 +57,8 @@ def read_d4rl(path: Path, wanted: Wanted) -> Recording:
         InputError: If it cannot be read or learned from.
     """
     with open_hdf5(path) as file:
-        columns, findings = read_columns([Stretch(str(path), file)], str(path), wanted, stretches_are_episodes=False)
+        stretches = [Stretch(str(path), file)]
+        columns, findings = read_columns(stretches, str(path), wanted, file.budget, stretches_are_episodes=False)
         env_name = text_attribute(file, "env_name")
     return Recording(columns, tuple(findings), env_name)
 
@@ -104,17 +110,28 @@ class Group(Mapping[str, Any]):
     """A group of an HDF5 file by key: further groups and arrays, all of them in this file.
 
     A key may be a path, such as ``infos/qpos``.
+
+    Attributes:
+        budget: How much may still be made of the file.
     """
 
-    def __init__(self, group: h5py.Group, path: Path) -> None:
-        self._group, self._path = group, path
+    def __init__(self, group: h5py.Group, path: Path, budget: Budget) -> None:
+        self._group, self._path, self.budget = group, path, budget
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """The group's attributes."""
-        return self._group.attrs
+        """The group's attributes that are text, or one number or truth value."""
+        found = {}
+        for name in self._group.attrs:
+            try:
+                value = self._group.attrs[name]
+            except (TypeError, ValueError, OSError, KeyError):  # a type that NumPy has not, or a damaged one
+                continue
+            if isinstance(value, str | bytes | np.number | np.bool_):
+                found[name] = value
+        return found
 
-    def __getitem__(self, key: str) -> Group | h5py.Dataset:
+    def __getitem__(self, key: str) -> Group | Array:
         """Returns an entry.
 
         Raises:
@@ -122,7 +139,9 @@ class Group(Mapping[str, Any]):
             InputError: If it stands in another file.
         """
         entry = self._find(self._group, key, MAX_SOFT_LINKS)
-        return Group(entry, self._path) if isinstance(entry, h5py.Group) else entry
+        if isinstance(entry, h5py.Group):
+            return Group(entry, self._path, self.budget)
+        return Array(entry, f"{self._path}: {key!r}", self.budget)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._group)
@@ -157,6 +176,8 @@ class Group(Mapping[str, Any]):
                 raise self._refused(key, "a virtual dataset, which is made of other files' arrays")
             if entry.external:
                 raise self._refused(key, f"stored in another file, {entry.external[0][0]!r}")
+            if entry.id.get_create_plist().get_layout() not in LAYOUTS:
+                raise self._refused(key, "stored in a layout that is not known, perhaps in another file")
         elif not isinstance(entry, h5py.Group):
             raise KeyError(key)
         return entry
@@ -166,6 +187,48 @@ class Group(Mapping[str, Any]):
             f"{self._path}: {key!r} is {kind}; only what is in the file itself is read: copy the data into one file, "
             "by reading and writing them with h5py"
         )
+
+
+class Array:
+    """An array in an HDF5 file: its shape and type are known, its values are read by ``array[...]``.
+
+    Args:
+        dataset: The array.
+        where: What it is called in messages.
+        budget: How much may still be made of the file.
+    """
+
+    def __init__(self, dataset: h5py.Dataset, where: str, budget: Budget) -> None:
+        self._dataset, self._where, self._budget = dataset, where, budget
+        self.shape: tuple[int, ...] | None = dataset.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its type.
+
+        Raises:
+            InputError: If it is one that NumPy has not, such as HDF5's times.
+        """
+        try:
+            return self._dataset.dtype
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self._where} has a type that cannot be read ({error}); expected numbers") from None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._counted(self.dtype)[index]
+
+    def astype(self, dtype: type) -> Any:
+        """Returns the array such that ``[...]`` reads it as another type, with no second copy of the whole."""
+        return self._counted(np.dtype(dtype)).astype(dtype)
+
+    def _counted(self, dtype: np.dtype) -> h5py.Dataset:
+        """Returns the array once its values, or those of the piece in which one is stored, are known to fit."""
+        numbers = max(math.prod(self.shape), math.prod(self._dataset.chunks or (1,)))
+        self._budget.take(numbers * max(dtype.itemsize, self.dtype.itemsize), f"an array of shape {self.shape}")
+        return self._dataset
 
 
 def text_attribute(group: Group, name: str) -> str | None:
@@ -191,7 +254,7 @@ def open_hdf5(path: Path) -> Iterator[Group]:
     """
     try:
         with _open(path) as file:
-            yield Group(file, path)
+            yield Group(file, path, Budget(path))
     except (OSError, RuntimeError) as error:
         raise InputError(_explain(path, str(error))) from None
 

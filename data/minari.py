@@ -20,11 +20,13 @@ import numpy as np
 
 from data.columns import Recording, Stretch, Wanted, find_entry, read_columns
 from data.hdf5 import Group, is_hdf5, open_hdf5, text_attribute
-from data.nested import is_vector
+from data.limits import Budget
+from data.nested import is_vector, map_arrays
 from data.trajectories import Finding
 from utils import InputError
 
 ID = re.compile(r"([\w.-]+/)*[\w.-]+-v\d+")
+EPISODE = re.compile("episode_([0-9]{1,18})")
 MAIN_FILE = "main_data.hdf5"
 STEP_KEYS = ("actions", "rewards", "terminations", "truncations")  # T rows each, where observations have T + 1
 # What the digest of a dataset is taken of, episode by episode: interrupted runs know their dataset by it.
@@ -56,7 +58,7 @@ def is_minari(path: Path) -> bool:
     if not (path.is_file() and is_hdf5(path)):
         return False
     with open_hdf5(path) as file:
-        return any(re.fullmatch(r"episode_\d+", key) for key in file)
+        return any(EPISODE.fullmatch(key) for key in file)
 
 
 def read_minari(path: Path, wanted: Wanted) -> Recording:
@@ -67,11 +69,11 @@ def read_minari(path: Path, wanted: Wanted) -> Recording:
     """
     folder = _data_folder(path) if path.is_dir() else None
     main = path if folder is None else folder / MAIN_FILE
-    metadata = _metadata(main.parent)
-    with _open_episodes(main, metadata) as (episodes, attribute):
+    metadata, budget = _metadata(main.parent), Budget(main.parent if folder else main)
+    with _open_episodes(main, metadata, budget) as (episodes, attribute):
         stretches, skipped = [], {}
         for number, episode in episodes:
-            entries, problem = _steps_of(episode, wanted)
+            entries, problem = _steps_of(episode, wanted, f"{path}, episode {number}")
             if problem:
                 skipped[number] = problem
             else:
@@ -79,8 +81,8 @@ def read_minari(path: Path, wanted: Wanted) -> Recording:
         if skipped and not stretches:
             number, problem = next(iter(skipped.items()))
             raise InputError(f"{path} has no usable episode; episode {number} {problem}; collect or fetch it again")
-        columns, findings = read_columns(stretches, str(path), wanted, stretches_are_episodes=True)
-        lengths = [len(stretch.entries["actions"]) for stretch in stretches]
+        columns, findings = read_columns(stretches, str(path), wanted, budget, stretches_are_episodes=True)
+        lengths = [stretch.entries["actions"].shape[0] for stretch in stretches]
         env_name = _env_id(metadata.get("env_spec") or attribute)
     return Recording(columns, (*findings, *_skipped_findings(skipped)), env_name, _digest(columns, lengths))
 
@@ -122,18 +124,18 @@ def _digest(columns: Mapping[str, np.ndarray], lengths: Iterable[int]) -> str:
 # --- Episodes ---
 
 
-def _steps_of(episode: Mapping[str, Any], wanted: Wanted) -> tuple[dict[str, Any], str | None]:
+def _steps_of(episode: Mapping[str, Any], wanted: Wanted, where: str) -> tuple[dict[str, Any], str | None]:
     """Returns one row per step of an episode, or why it has none that fit together."""
     entries = {key: episode.get(key) for key in ("observations", *STEP_KEYS)}  # each is opened once
     missing = [key for key in ("observations", "actions") if entries[key] is None]
     if missing:
         return {}, f"has no {' and no '.join(missing)}"
     steps = {key: entries[key] for key in STEP_KEYS if entries[key] is not None}
-    lengths = {key: column.shape[0] for key, column in steps.items() if hasattr(column, "shape")}
+    lengths = {key: rows for key, column in steps.items() if (rows := _rows(column)) is not None}
     count = lengths.get("actions", 0)
     if not count or set(lengths.values()) != {count}:
         return {}, f"has {', '.join(f'{rows} {key}' for key, rows in lengths.items())}"
-    states = _vectors(entries["observations"])
+    states = map_arrays(lambda array: array[...] if is_vector(array) else array, entries["observations"], where)
     wrong = [column.shape[0] for column in _arrays(states) if column.shape[0] != count + 1]
     if wrong:
         return {}, f"has {wrong[0]} observations for {count} actions, expected {count + 1}"
@@ -141,17 +143,13 @@ def _steps_of(episode: Mapping[str, Any], wanted: Wanted) -> tuple[dict[str, Any
     steps["next_observations"] = _sliced(states, slice(1, None))
     if wanted.simulator_states:
         infos = {key: find_entry(episode, f"infos/{key}") for key in ("qpos", "qvel")}
-        steps["infos"] = {
-            key: column[:-1] for key, column in infos.items() if column is not None and column.shape[0] == count + 1
-        }
+        steps["infos"] = {key: column[:-1] for key, column in infos.items() if _rows(column) == count + 1}
     return steps, None
 
 
-def _vectors(tree: Any) -> Any:
-    """Reads the float vectors of nested observations; what is none is left in the file."""
-    if isinstance(tree, Mapping):
-        return {key: _vectors(entry) for key, entry in tree.items()}
-    return tree[...] if is_vector(tree) else tree
+def _rows(column: Any) -> int | None:
+    """Returns how many rows an array has; None for what is none."""
+    return column.shape[0] if getattr(column, "shape", None) else None
 
 
 def _arrays(tree: Any) -> Iterator[np.ndarray]:
@@ -188,38 +186,52 @@ def _skipped_findings(skipped: Mapping[int, str]) -> list[Finding]:
 
 @contextmanager
 def _open_episodes(
-    main: Path, metadata: Mapping[str, Any]
+    main: Path, metadata: Mapping[str, Any], budget: Budget
 ) -> Iterator[tuple[Iterator[tuple[int, Mapping[str, Any]]], str | None]]:
     """Opens a dataset: yields its episodes by number, and the environment's specification as old files have it."""
     storage = metadata.get("data_format", "hdf5")
     if storage in ("arrow", "parquet"):
-        yield _arrow_episodes(main.parent, storage), None
+        yield _arrow_episodes(main.parent, storage, budget), None
         return
     if storage != "hdf5":
         raise InputError(f"{main.parent} has the data_format {str(storage)[:40]!r}; expected hdf5, arrow or parquet")
     with open_hdf5(main) as file:
-        numbers = sorted(int(match[1]) for key in file if (match := re.fullmatch(r"episode_(\d+)", key)))
-        episodes = ((number, file[f"episode_{number}"]) for number in numbers)
+        keys = sorted((int(match[1]), key) for key in file if (match := EPISODE.fullmatch(key)))
+        episodes = ((number, file[key]) for number, key in keys)
         yield (
             ((number, episode) for number, episode in episodes if isinstance(episode, Group)),
             text_attribute(file, "env_spec"),
         )
 
 
-def _arrow_episodes(folder: Path, storage: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _arrow_episodes(folder: Path, storage: str, budget: Budget) -> Iterator[tuple[int, Mapping[str, Any]]]:
     import pyarrow.dataset
 
-    for number in sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()):
+    numbered = [(int(path.name), path) for path in folder.iterdir() if re.fullmatch("[0-9]{1,18}", path.name)]
+    for number, path in sorted(entry for entry in numbered if entry[1].is_dir()):
         try:
-            source = pyarrow.dataset.dataset(
-                str(folder / str(number)), format=storage, ignore_prefixes=["_", ".", "metadata.json"]
-            )
+            source = pyarrow.dataset.dataset(str(path), format=storage, ignore_prefixes=["_", ".", "metadata.json"])
+            budget.take(source.count_rows() * sum(_width(field.type) for field in source.schema), f"episode {number}")
             table = source.to_table().combine_chunks()
             columns = {name: _decoded(table[name].combine_chunks()) for name in table.column_names if name != "infos"}
-        except (OSError, ValueError, NotImplementedError) as error:  # Arrow's own errors are ValueErrors
+        except InputError:
+            raise
+        # Arrow's own errors are of these kinds.
+        except (OSError, ValueError, TypeError, LookupError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder / str(number)} cannot be read as {storage} ({reason}); fetch it again") from None
+            raise InputError(f"{path} cannot be read as {storage} ({reason}); fetch it again") from None
         yield number, {key: column[:-1] if key in STEP_KEYS else column for key, column in columns.items()}
+
+
+def _width(kind: Any) -> int:
+    """Returns how many bytes a value of an Arrow type takes, as far as the type tells."""
+    import pyarrow.types
+
+    if pyarrow.types.is_struct(kind):
+        return sum(_width(field.type) for field in kind)
+    if pyarrow.types.is_fixed_size_list(kind):
+        return kind.list_size * _width(kind.value_type)
+    return -(-kind.bit_width // 8) if pyarrow.types.is_primitive(kind) else 1
 
 
 def _decoded(column: Any) -> Any:

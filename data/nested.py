@@ -6,26 +6,27 @@ about a dataset, since whoever uses a model must give states in the same order.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from data.trajectories import Finding
+from data.trajectories import Finding, printable
 from utils import InputError, did_you_mean
 
-MAX_DEPTH = 16  # a file may nest a group in itself
-SHOWN_NAMES = 12  # in messages
+MAX_DEPTH, MAX_ENTRIES = 16, 10_000  # a file may nest a group in itself, or one in another in many places
+SHOWN_NAMES, LONGEST_NAME = 12, 80  # in messages; the second in characters
 
 
 class Column(Protocol):
     """An array, or one that is still in its file; ``column[...]`` reads it."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+    def shape(self) -> tuple[int, ...] | None:
+        """Its shape; None for an array of HDF5 that has a type, but no dataspace."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -71,7 +72,7 @@ def pick_leaves(tree: Any, keys: Sequence[str], where: str) -> tuple[list[Leaf],
         if keys:
             raise InputError(f"{where} is one array, of which no keys can be chosen; leave '::{','.join(keys)}' out")
         return [Leaf("", tree)], []
-    found = list(_walk(tree, where))
+    found = list(_leaves(map_arrays(lambda array: array, tree, where)))
     if keys:
         return [leaf for key in keys for leaf in _under(found, key, where)], []
     usable = [leaf for leaf in found if is_vector(leaf.column)]
@@ -112,7 +113,7 @@ def nested_findings(leaves: Sequence[Leaf], left_out: Sequence[str]) -> list[Fin
 
 def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
     """Returns names for a message, not more than fit into a line or two."""
-    names = sorted(map(str, names))
+    names = sorted(printable(str(name))[:LONGEST_NAME] for name in names)
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return (", ".join(names[:SHOWN_NAMES]) + more) or "none"
 
@@ -122,20 +123,42 @@ def join_names(outer: str, inner: str) -> str:
     return f"{outer}/{inner}" if outer and inner else outer or inner
 
 
-def _walk(tree: Mapping[str, Any], where: str, prefix: str = "", depth: int = 0) -> Iterator[Leaf]:
-    if depth > MAX_DEPTH:
-        raise InputError(f"{where} is nested deeper than {MAX_DEPTH} levels; flatten it")
+def map_arrays(function: Callable[[Any], Any], tree: Any, where: str) -> Any:
+    """Returns an array, or nested mappings of arrays, with a function applied to each of them.
+
+    Raises:
+        InputError: If it is nested too deeply, or in too many places.
+    """
+    steps = itertools.count()
+
+    def apply(entry: Any, depth: int) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry if entry is None else function(entry)
+        if depth > MAX_DEPTH:
+            raise InputError(f"{where} is nested deeper than {MAX_DEPTH} levels; flatten it")
+        return {key: apply(entry[key], depth + 1) for key in entry if _may_go_on(steps, where)}
+
+    return apply(tree, 0)
+
+
+def _may_go_on(steps: Iterator[int], where: str) -> bool:
+    if next(steps) >= MAX_ENTRIES:
+        raise InputError(f"{where} has more than {MAX_ENTRIES:,} entries; give one array, or fewer")
+    return True
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Leaf]:
     for key in sorted(tree, key=_position):
         name, entry = join_names(prefix, str(key)), tree[key]
         if isinstance(entry, Mapping):
-            yield from _walk(entry, where, name, depth + 1)
+            yield from _leaves(entry, name)
         elif entry is not None:
             yield Leaf(name, entry)
 
 
 def _position(key: str) -> tuple[int, str]:
     """Sorts Minari's names of a tuple's parts, such as ``_index_10``, by number, and all others as text."""
-    match = re.fullmatch(r"_index_(\d+)", str(key))
+    match = re.fullmatch(r"_index_([0-9]{1,9})", str(key))
     return (int(match[1]), "") if match else (-1, str(key))
 
 
@@ -149,4 +172,5 @@ def _under(leaves: list[Leaf], key: str, where: str) -> list[Leaf]:
 
 def is_vector(column: Column) -> bool:
     """Whether an array has a float vector, or one float, per row."""
-    return column.dtype.kind == "f" and len(column.shape) in (1, 2) and 0 not in column.shape[1:]
+    shape = column.shape
+    return shape is not None and column.dtype.kind == "f" and len(shape) in (1, 2) and 0 not in shape[1:]

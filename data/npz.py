@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.columns import Recording, Stretch, Wanted, read_columns
+from data.limits import Budget
 from utils import InputError
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -34,11 +35,13 @@ def read_npz(path: Path, wanted: Wanted) -> Recording:
         InputError: If it cannot be read or learned from.
     """
     try:
+        budget = Budget(path)
         with zipfile.ZipFile(path) as archive:
-            stretch = Stretch(str(path), _Arrays(archive))
-            columns, findings = read_columns([stretch], str(path), wanted, stretches_are_episodes=False)
+            stretch = Stretch(str(path), _Arrays(archive, budget))
+            columns, findings = read_columns([stretch], str(path), wanted, budget, stretches_are_episodes=False)
             env_name = stretch.entries.get("env_name")
-            env_name = str(env_name[...]) if env_name is not None and env_name.dtype.kind == "U" else None
+            is_text = isinstance(env_name, _Array) and env_name.dtype.kind == "U" and env_name.shape == ()
+            env_name = str(env_name[...]) if is_text else None
     except InputError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -52,8 +55,8 @@ def read_npz(path: Path, wanted: Wanted) -> Recording:
 class _Array:
     """An array in an archive: its shape and type are known, its values are read by ``array[...]``."""
 
-    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
-        self._archive, self._name = archive, name
+    def __init__(self, archive: zipfile.ZipFile, name: str, budget: Budget) -> None:
+        self._archive, self._name, self._budget = archive, name, budget
         try:
             with archive.open(name) as file:
                 self.shape, _, self.dtype = HEADERS[np.lib.format.read_magic(file)](file)
@@ -63,6 +66,9 @@ class _Array:
             raise ValueError(f"{name} is shorter than its shape {self.shape}")
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        if self.dtype.hasobject:
+            raise ValueError(f"{self._name} holds Python objects, which are not read")
+        self._budget.take(math.prod(self.shape) * self.dtype.itemsize, f"an array of shape {self.shape}")
         with self._archive.open(self._name) as file:
             return np.lib.format.read_array(file, allow_pickle=False)[index]
 
@@ -74,8 +80,8 @@ class _Array:
 class _Arrays(Mapping[str, Any]):
     """The arrays of an archive by name; names with ``/`` are nested mappings."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str = "") -> None:
-        self._archive, self._prefix = archive, prefix
+    def __init__(self, archive: zipfile.ZipFile, budget: Budget, prefix: str = "") -> None:
+        self._archive, self._budget, self._prefix = archive, budget, prefix
         names = (name for name in archive.namelist() if name.startswith(prefix) and name.endswith(SUFFIX))
         inner = (name[len(prefix) :].removesuffix(SUFFIX).split("/", 1) for name in names)
         self._keys = {key: bool(rest) for key, *rest in inner if key}
@@ -84,8 +90,8 @@ class _Arrays(Mapping[str, Any]):
         if key not in self._keys:
             raise KeyError(key)
         if self._keys[key]:
-            return _Arrays(self._archive, f"{self._prefix}{key}/")
-        return _Array(self._archive, f"{self._prefix}{key}{SUFFIX}")
+            return _Arrays(self._archive, self._budget, f"{self._prefix}{key}/")
+        return _Array(self._archive, f"{self._prefix}{key}{SUFFIX}", self._budget)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -1,46 +1,30 @@
 """Pickles of paths, as planners and published scripts write them; and how this project writes them.
 
 What is read: a list of paths, such a list with metadata as the pair ``(paths, metadata)``, or one dictionary of D4RL's
-arrays. A path is a dictionary of arrays of one episode (MOReL, mjrl, Decision Transformer, DAPG). Only NumPy arrays and
-plain Python are unpickled, so that a file from a stranger cannot run code.
+arrays. A path is a dictionary of arrays of one episode (MOReL, mjrl, Decision Transformer, DAPG). How a file from a
+stranger is unpickled is told in ``unpickling.py``.
 """
 
 from __future__ import annotations
 
 import pickle
+import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.columns import Recording, Stretch, Wanted, read_columns
+from data.limits import Budget
 from data.nested import listed
 from data.trajectories import Dataset, Finding, Part, Trajectory
+from data.unpickling import ArraysUnpickler
 from utils import InputError
 
-# The only names a pickle may refer to: what NumPy 1 and 2 need to rebuild arrays, and plain containers. None of them
-# can be made to run code from the file.
-PICKLED_NAMES = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("_codecs", "encode"),  # bytes, in the oldest pickle protocols
-    *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray")),
-    ("collections", "OrderedDict"),
-}
+MAX_AXES, BYTES_PER_NUMBER = 4, 8  # of arrays that are written as lists in lists
 SIMULATOR_FIELDS = {"infos/qpos": "qpos", "infos/qvel": "qvel"}  # by key: the field of Trajectory
-
-
-class _PathsUnpickler(pickle.Unpickler):
-    """Reads arrays and plain Python only."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in PICKLED_NAMES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, only NumPy arrays and plain Python are read")
-        return super().find_class(module, name)
 
 
 @dataclass(frozen=True)
@@ -56,11 +40,13 @@ class PickledPaths:
         sha256: In a cache, the digest of what the paths were read from; not checked.
         findings: In a cache, what was found when they were.
         parts: In a cache of several datasets, what it was joined from.
+        budget: How much may still be made of the file.
     """
 
     file: Path
     paths: list[dict[str, Any]]
     paths_are_episodes: bool
+    budget: Budget = field(repr=False, compare=False)
     dataset: object = None
     env_name: str | None = None
     sha256: str | None = None
@@ -74,11 +60,10 @@ class PickledPaths:
             InputError: If they cannot be learned from.
         """
         place = "{}, path {}" if self.paths_are_episodes else "{}"
-        stretches = [
-            Stretch(place.format(self.file, i), _Entries(path, self.file)) for i, path in enumerate(self.paths)
-        ]
+        entries = [_Entries(path, self.file, self.budget) for path in self.paths]
+        stretches = [Stretch(place.format(self.file, index), path) for index, path in enumerate(entries)]
         columns, findings = read_columns(
-            stretches, str(self.file), wanted, stretches_are_episodes=self.paths_are_episodes
+            stretches, str(self.file), wanted, self.budget, stretches_are_episodes=self.paths_are_episodes
         )
         return Recording(columns, tuple(dict.fromkeys((*self.findings, *findings))), self.env_name)
 
@@ -104,9 +89,12 @@ def open_pickle(path: Path) -> PickledPaths:
     Raises:
         InputError: If the file holds something else, or names what is not read from a stranger's file.
     """
+    budget = Budget(path)
     try:
         with path.open("rb") as file:
-            content = _PathsUnpickler(file).load()
+            content = ArraysUnpickler(file, budget).load()
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle raises anything at all
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path} cannot be read as a pickle of paths: {reason}") from None
@@ -114,11 +102,11 @@ def open_pickle(path: Path) -> PickledPaths:
         content = content.tolist()
     match content:
         case (list() | tuple() as paths, dict(metadata)) if all(isinstance(entry, dict) for entry in paths):
-            return _with_metadata(path, list(paths), metadata)
+            return _with_metadata(path, list(paths), metadata, budget)
         case list() | tuple() if all(isinstance(entry, dict) for entry in content):
-            return PickledPaths(path, list(content), paths_are_episodes=True)
+            return PickledPaths(path, list(content), paths_are_episodes=True, budget=budget)
         case dict() if "observations" in content:
-            return PickledPaths(path, [content], paths_are_episodes=False)
+            return PickledPaths(path, [content], paths_are_episodes=False, budget=budget)
     raise InputError(
         f"{path} holds {_described(content)}; expected a list of paths (dictionaries with 'observations', 'actions', "
         "...), a pair (that list, metadata), or one such dictionary"
@@ -133,22 +121,20 @@ def _described(content: object) -> str:
     return f"one {type(content).__name__}"
 
 
-def _with_metadata(path: Path, paths: list[dict[str, Any]], metadata: dict[str, Any]) -> PickledPaths:
-    try:
-        is_whole = np.all(np.asarray(metadata.get("obs_mask", 1)) == 1)
-    except ValueError:  # lists of different lengths
-        is_whole = False
-    if not is_whole:
+def _with_metadata(path: Path, paths: list[dict[str, Any]], metadata: dict[str, Any], budget: Budget) -> PickledPaths:
+    mask = _Entries(metadata, path, budget).get("obs_mask")
+    if mask is not None and not (isinstance(mask, np.ndarray) and mask.dtype.kind in "fiub" and (mask == 1).all()):
         raise InputError(
             f"{path} hides parts of the state (its obs_mask is not all ones); only whole states are learned"
         )
     env_name = metadata.get("env_name")
     if env_name is not None and not isinstance(env_name, str):
-        raise InputError(f"{path} has the env_name {env_name!r}; expected a string")
+        raise InputError(f"{path} has the env_name {reprlib.repr(env_name)}; expected a string")
     return PickledPaths(
         path,
         paths,
         paths_are_episodes=True,
+        budget=budget,
         dataset=metadata.get("dataset"),
         env_name=_plain(env_name),
         sha256=_plain(metadata.get("sha256")),
@@ -159,41 +145,72 @@ def _with_metadata(path: Path, paths: list[dict[str, Any]], metadata: dict[str, 
 
 def _plain(value: object) -> str | None:
     """Returns a plain string, also for NumPy's own kind of string: model.pkl, where it ends up, holds plain Python."""
-    return None if value is None else str(value)
+    return None if value is None else str(value) if isinstance(value, str) else reprlib.repr(value)
 
 
 def _restored(kind: type, entries: object) -> tuple[Any, ...]:
     """Returns findings or parts as a cache keeps them; what another program stored under their name is not read."""
-    if not isinstance(entries, list):
+    wanted = {each.name: each.type for each in fields(kind)}  # types by name, as annotations are not evaluated
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return ()
-    try:
-        restored = tuple(kind(**entry) for entry in entries)
-    except TypeError:
+    if any({key: type(value).__name__ for key, value in entry.items()} != wanted for entry in entries):
         return ()
-    is_plain = all(type(value) in (str, int, bool) for entry in restored for value in asdict(entry).values())
-    return restored if is_plain else ()
+    return tuple(kind(**entry) for entry in entries)
 
 
 class _Entries(Mapping[str, Any]):
     """A dictionary of a pickle: further dictionaries, and all else as arrays."""
 
-    def __init__(self, content: Mapping[str, Any], where: object) -> None:
-        self._content, self._where = content, where
+    def __init__(self, content: Mapping[str, Any], where: object, budget: Budget) -> None:
+        self._content, self._where, self._budget = content, where, budget
 
     def __getitem__(self, key: str) -> _Entries | np.ndarray | None:
         entry = self._content[key]
         if isinstance(entry, Mapping):
-            return _Entries(entry, self._where)
+            return _Entries(entry, self._where, self._budget)
+        if entry is None or isinstance(entry, np.ndarray):
+            return entry
         try:
-            return entry if entry is None else np.asarray(entry)
-        except (ValueError, RecursionError):
-            raise InputError(f"{self._where} has lists of different lengths under {key!r}, expected an array") from None
+            if not isinstance(entry, list | tuple):
+                return np.asarray(entry)
+            numbers, is_numeric = _count(entry, self._budget)
+            self._budget.take(numbers * BYTES_PER_NUMBER, f"the list under {key!r:.80}")
+            return np.asarray(entry, None if is_numeric else object)
+        except InputError:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            raise InputError(
+                f"{self._where} has lists of different lengths under {key!r:.80}, expected an array"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._content)
 
     def __len__(self) -> int:
         return len(self._content)
+
+
+def _count(entry: list[Any] | tuple[Any, ...], budget: Budget, axes: int = 1) -> tuple[int, bool]:
+    """Returns how many numbers and lists are in lists in lists, and whether they hold numbers only.
+
+    A list can stand in a list many times, and in itself: InputError if these are more than fit.
+    """
+    if axes > MAX_AXES:
+        raise ValueError
+    total, is_numeric = 0, True
+    for part in entry:
+        more, numeric = 1, True
+        if isinstance(part, list | tuple):
+            more, numeric = _count(part, budget, axes + 1)
+            more += 1
+        elif isinstance(part, np.ndarray):
+            more, numeric = part.size + 1, part.dtype.kind in "fiub"
+        else:
+            numeric = isinstance(part, bool | int | float | np.number | np.bool_)
+        total, is_numeric = total + more, is_numeric and numeric
+        if total * BYTES_PER_NUMBER > budget.left:
+            budget.take(total * BYTES_PER_NUMBER, "a list of lists")
+    return total, is_numeric
 
 
 # --- Writing ---

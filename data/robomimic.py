@@ -8,13 +8,14 @@ nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from data.columns import Recording, Stretch, Wanted, read_columns
-from data.hdf5 import Group, is_hdf5, open_hdf5, text_attribute
+from data.hdf5 import Array, Group, is_hdf5, open_hdf5, text_attribute
 from data.trajectories import Finding
 from utils import InputError
 
@@ -49,7 +50,7 @@ def read_robomimic(path: Path, wanted: Wanted) -> Recording:
             Stretch(f"{path}, data/{name}", {ours: demo[theirs] for theirs, ours in KEYS.items() if theirs in demo})
             for name, demo in demos.items()
         ]
-        columns, findings = read_columns(stretches, str(path), wanted, stretches_are_episodes=True)
+        columns, findings = read_columns(stretches, str(path), wanted, file.budget, stretches_are_episodes=True)
         findings += _done_findings(demos)
         env_name = _env_name(data)
     return Recording(columns, tuple(findings), env_name)
@@ -57,12 +58,14 @@ def read_robomimic(path: Path, wanted: Wanted) -> Recording:
 
 def _number(name: str) -> tuple[int, str]:
     digits = name.removeprefix("demo_")
-    return (int(digits), "") if digits.isdecimal() else (-1, name)
+    return (int(digits), "") if re.fullmatch("[0-9]{1,18}", digits) else (-1, name)
 
 
 def _done_findings(demos: Mapping[str, Group]) -> list[Finding]:
     """Counts the steps before the last of each demonstration that are marked as done."""
-    count = sum(int(np.count_nonzero(demo["dones"][:-1])) for demo in demos.values() if "dones" in demo)
+    marks = [demo.get("dones") for demo in demos.values()]
+    marks = [each for each in marks if isinstance(each, Array) and each.shape and each.dtype.kind in "fiub"]
+    count = sum(int(np.count_nonzero(each[:-1])) for each in marks)
     if not count:
         return []
     found = Finding(

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def printable(text: str) -> str:
+    """Returns a text with what is not printable escaped, such as control characters and lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One episode, or the part of it that was recorded: rows in time order.
@@ -65,6 +70,11 @@ class Finding:
     effect: str
     advice: str
     matters: bool
+
+    def __post_init__(self) -> None:
+        """Escapes what is not printable: names out of files end up in pages, tables and terminals."""
+        for name in ("where", "effect", "advice"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.count:,} ({self.where}); {self.effect}; {self.advice}"

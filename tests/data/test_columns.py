@@ -1,10 +1,13 @@
 """data.columns: what is picked from a file's entries, joined and checked, whatever format they are from."""
 
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 
 from data.columns import Stretch, Wanted, read_columns
+from data.limits import Budget
 from utils import InputError
 
 GOOD = {
@@ -19,7 +22,7 @@ GOOD = {
 
 def read(*stretches, episodes=False, **wanted):
     named = [Stretch(f"a.pkl, path {index}", entries) for index, entries in enumerate(stretches)]
-    return read_columns(named, "a.pkl", Wanted(**wanted), stretches_are_episodes=episodes)
+    return read_columns(named, "a.pkl", Wanted(**wanted), Budget(Path("a.pkl")), stretches_are_episodes=episodes)
 
 
 def changed(**changes):

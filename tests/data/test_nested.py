@@ -1,9 +1,12 @@
 """data.nested: which entries of nested observations make the state, in which order."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.columns import Stretch, Wanted, read_columns
+from data.limits import Budget
 from data.nested import MAX_DEPTH
 from utils import InputError
 
@@ -18,7 +21,7 @@ GOAL = {"observation": column(1, 3), "desired_goal": {"kettle": column(2, 2), "b
 def read(observations, keys=(), **others):
     entries = {"observations": observations, "actions": column(0, 1), "dones": np.zeros(4), **others}
     columns, findings = read_columns(
-        [Stretch("a", entries)], "a", Wanted(observation_keys=keys), stretches_are_episodes=True
+        [Stretch("a", entries)], "a", Wanted(observation_keys=keys), Budget(Path("a")), stretches_are_episodes=True
     )
     return columns, {found.name: found for found in findings if found.name != "flags"}
 

@@ -1,14 +1,17 @@
 """data.precision: which states stay float64, and which become float32."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.columns import Stretch, Wanted, read_columns
+from data.limits import Budget
 
 
 def read(*stretches, episodes=False):
     named = [Stretch(f"a.pkl, path {index}", entries) for index, entries in enumerate(stretches)]
-    return read_columns(named, "a.pkl", Wanted(), stretches_are_episodes=episodes)
+    return read_columns(named, "a.pkl", Wanted(), Budget(Path("a.pkl")), stretches_are_episodes=episodes)
 
 
 def walk(offset, step, rows=300):
