@@ -14,6 +14,7 @@ import dataclasses
 import pickle
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         from tracking.trackers import warn
         from training.batches import normalise_rows
         from training.build import build_ensemble, check_holdout, find_kind
+        from training.checkpoint import check_checkpoint
 
         kind = find_kind(config)
         check_division(args)
@@ -94,7 +96,10 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         check_rewards(config, division)
         ensemble = build_ensemble(config, transitions).to(device)
         run = open_run(args, config, division, findings)
-        checkpoint = run.load_checkpoint(device)
+        if run.record.products is not None:
+            config = dataclasses.replace(config, products=run.record.products)
+        check = partial(check_checkpoint, ensemble=ensemble, config=config, rows=len(transitions))
+        checkpoint = run.checkpoints.load(device, check)
         tracker = open_trackers(args, dataset, ensemble, run, checkpoint, findings)
 
     from reporting.learning_curves import plot_learning_curves
@@ -109,7 +114,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
             train = normalise_rows(ensemble, transitions)
             holdout = None if held_out is None else normalise_rows(ensemble, held_out)
             ensemble.holdout_idx = division.holdout_rows()
-            products = run.record.products or str(fastest_products(ensemble, config, train))
+            products = str(fastest_products(ensemble, config, train))
             config = dataclasses.replace(config, products=products)
             run.settle(products, config.to_yaml())
             if not args.quiet:
@@ -119,7 +124,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
                 ensemble, config, train, holdout, score_every=score_every, checkpoint=checkpoint
             ):
                 tracker.log_epoch(epoch.index, metric_rows(ensemble, config, epoch))
-                run.save_checkpoint(epoch.checkpoint())
+                run.checkpoints.save(epoch.checkpoint())
                 if signals:
                     raise KeyboardInterrupt
 

@@ -246,7 +246,7 @@ def tracked_training(name: str, config: LearnConfig, scratch: Path) -> list[dict
             for epoch in train_ensemble(ensemble, config, train, holdout, score_every=1):
                 with timed("tracker.log_epoch"):
                     tracker.log_epoch(epoch.index, metric_rows(ensemble, config, epoch))
-                run.save_checkpoint(epoch.checkpoint())
+                run.checkpoints.save(epoch.checkpoint())
         scores = score_members(ensemble, train, holdout)
         model = Path("model.pkl")
         model.write_bytes(pickle.dumps((ensemble.members(), {})))

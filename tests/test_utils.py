@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 import utils
-from utils import InputError, Origin, atomic_write, did_you_mean, git_commit
+from utils import InputError, Origin, atomic_write, did_you_mean, git_commit, read_file
 
 SOURCE = Path(utils.__file__)
 ROOT = SOURCE.parent
@@ -193,6 +193,24 @@ def test_origin_is_the_commit_of_this_code_and_the_versions_of_what_decides_numb
     assert list(origin.versions) == ["python", "torch", "numpy"]
     assert origin.versions["python"] == platform.python_version()
     assert origin.versions["numpy"] == numpy.__version__
+
+
+def test_text_that_utf8_cannot_express_is_written_escaped(tmp_path):
+    with atomic_write(tmp_path / "file", "w") as file:
+        file.write("caf\u00e9 \udcff")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "caf\u00e9 \\udcff"
+
+
+# --- Reading ---
+
+
+def test_files_are_read_and_what_is_none_is_refused_without_waiting_for_it(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_file(tmp_path / "file") == b"content"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / "missing", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"\w"):
+            read_file(path)
 
 
 # --- What the module may be ---

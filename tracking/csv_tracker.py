@@ -6,13 +6,13 @@ import csv
 import io
 import itertools
 import os
-import tempfile
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tracking.trackers import Row, Summary, Tracker, warn
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, make_temporary, read_file
 
 
 class CsvTracker(Tracker):
@@ -68,8 +68,9 @@ class CsvTracker(Tracker):
             if self._path.exists() and not self._path.is_file():
                 raise OSError("it is not a regular file")
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent):
-                pass
+            descriptor, temporary = make_temporary(self._path, self._path.parent)
+            os.close(descriptor)
+            Path(temporary).unlink()
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"the CSV {str(self._path)!r} cannot be written ({reason}); choose another path") from None
@@ -77,29 +78,50 @@ class CsvTracker(Tracker):
     def _read_epochs(self, count: int) -> list[Row]:
         """Returns the rows of the file's first ``count`` epochs, without a last line that a kill has cut short."""
         try:
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            lines = read_file(self._path).decode(errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             lines = [",".join(self._columns) + "\n"]
-        header, *body = [*csv.reader(line for line in lines if line.endswith("\n"))] or [[]]
-        if header != self._columns:
-            raise InputError(
-                f"cannot resume the CSV {str(self._path)!r}: its columns are {header}, this run's are {self._columns}; "
-                "give the interrupted run's own file, or start anew without --resume"
-            )
-        parse = {"step": int, "model_id": int}
         try:
-            rows = [
-                {name: parse.get(name, float)(cell) if cell else None for name, cell in zip(header, cells, strict=True)}
-                for cells in body
-            ]
-        except ValueError as error:
+            header, *body = [*csv.reader(line for line in lines if line.endswith("\n"))] or [[]]
+            if header != self._columns:
+                raise InputError(
+                    f"cannot resume the CSV {str(self._path)!r}: its columns are {reprlib.repr(header)}, this run's "
+                    f"are {self._columns}; give the interrupted run's own file, or start anew without --resume"
+                )
+            epochs = self._parse(body)[:count]
+        except (ValueError, csv.Error) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"cannot resume the CSV {str(self._path)!r}: it is damaged ({error}); start anew without --resume"
+                f"cannot resume the CSV {str(self._path)!r}: it is damaged ({str(error)[:200]}); start anew without "
+                "--resume"
             ) from None
-        epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])][:count]
         if len(epochs) < count:
             warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
         return list(itertools.chain.from_iterable(epochs))
+
+    def _parse(self, body: list[list[str]]) -> list[list[Row]]:
+        """Returns the rows of each epoch.
+
+        Raises:
+            ValueError: If they are not what ``log_epoch`` has written: one row per member, epoch after epoch.
+        """
+        parse = {"step": int, "model_id": int}
+        rows = [
+            {
+                name: parse.get(name, float)(cell) if cell else None
+                for name, cell in zip(self._columns, cells, strict=True)
+            }
+            for cells in body
+        ]
+        epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])]
+        for number, epoch in enumerate(epochs):
+            if epoch[0]["step"] != epochs[0][0]["step"] + number:
+                raise ValueError(f"epoch {epoch[0]['step']} is out of turn")
+            is_last_and_cut = number == len(epochs) - 1 and len(epoch) < len(epochs[0])
+            if not is_last_and_cut and [row["model_id"] for row in epoch] != list(range(len(epochs[0]))):
+                raise ValueError(f"epoch {epoch[0]['step']} has rows of other members")
+        return epochs
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
         """Returns the lines of the rows. Floats are written with all their digits: reading gives the same bits."""

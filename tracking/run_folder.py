@@ -4,16 +4,18 @@ config.yaml   the effective configuration, written before the first step; ``--co
 run.json      a ``RunRecord``: what was asked for (dataset, holdout, configuration), the code's commit, how it ended
 audit.md      what was found about the dataset, as a table
 metrics.csv   one row per epoch and member (elsewhere with ``--csv``)
-checkpoint    everything needed to continue after the last finished epoch; removed when the run has finished
+checkpoint    everything needed to continue after the last finished epoch; removed when the run has finished, and so is
+              checkpoint.before, that of the epoch before
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
+import re
+import reprlib
 import shlex
 import sys
 import typing
@@ -26,8 +28,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tracking.trackers import warn
-from utils import InputError, Origin, atomic_write
+from tracking.checkpoints import CheckpointFiles
+from utils import InputError, Origin, atomic_write, read_file
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,17 @@ class RunRecord:
     products: str | None = None
     finished: RunOutcome | None = None
 
+    def __post_init__(self) -> None:
+        """Checks what goes to the system or to MLflow, where anything might happen to it.
+
+        Raises:
+            ValueError: If it is not what a run writes.
+        """
+        if self.mlflow_run_id is not None and not re.fullmatch(r"[\w-]{1,64}", self.mlflow_run_id):
+            raise ValueError(f"mlflow_run_id {reprlib.repr(self.mlflow_run_id)} is no id of a run")
+        if self.csv is not None and not Path(self.csv).name.isprintable():
+            raise ValueError("csv is no path of a file")
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as nested dictionaries of plain values, ready for JSON."""
         return dataclasses.asdict(self)
@@ -137,13 +150,15 @@ class RunFolder:
     Attributes:
         path: The folder.
         record: Contents of its ``run.json``.
+        checkpoints: From which it goes on if it is interrupted.
     """
 
     def __init__(self, path: Path, record: RunRecord) -> None:
         self.path = path
         self.record = record
+        self.checkpoints = CheckpointFiles(path)
+        self._begins = False
         self._lock = FileLock(path / ".lock")
-        self._warned = False
 
     @classmethod
     def create(
@@ -168,18 +183,16 @@ class RunFolder:
         Raises:
             InputError: If there is a run of this name, or the folder cannot be made.
         """
-        path = logs / name
-        if (path / "run.json").exists():  # a folder without it is of a run that was killed before it began
-            raise InputError(
-                f"run {name!r} exists already ({path}); go on with it by --resume, or give another --run_name"
-            )
+        run = cls(logs / name, RunRecord(request, origin, csv and str(csv.absolute()), list(findings)))
+        run._begins = True
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            run._check_new()
+            run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"the run folder {path} cannot be made ({error.strerror}); check disk and rights"
+                f"the run folder {run.path} cannot be made ({error.strerror}); check disk and rights"
             ) from None
-        return cls(path, RunRecord(request, origin, csv and str(csv.absolute()), list(findings)))
+        return run
 
     @classmethod
     def find_unfinished(
@@ -239,23 +252,41 @@ class RunFolder:
         """Locks the folder for this process until it ends, and writes its first files: these two and ``run.json``.
 
         Raises:
-            InputError: If another process trains this run, or the folder cannot be written.
+            InputError: If another process trains this run or has just done so, or the folder cannot be written.
         """
         try:
             self._lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(f"run {self.name!r} is being trained by another process; wait for it or stop it") from None
-        for leftover in self.path.glob(".*.tmp"):  # half-written files of a process that was killed
-            leftover.unlink()
-        try:
+            self._check_new()
+            for leftover in self.path.glob(".*.tmp"):  # half-written files of a process that was killed
+                if leftover.is_file():
+                    leftover.unlink()
             for path, content in ((self.config_yaml, config_yaml), (self.audit_md, audit_md)):
                 with atomic_write(path, "w") as file:
                     file.write(content)
             self.update()
+            self._begins = False
+        except Timeout:
+            raise InputError(f"run {self.name!r} is being trained by another process; wait for it or stop it") from None
         except OSError as error:
-            if not (self.path / "run.json").exists():
+            if self._begins:
                 self.discard()
-            raise InputError(f"the run folder {self.path} cannot be written ({error.strerror}); free space") from None
+            raise InputError(
+                f"the run folder {self.path} cannot be written ({error.strerror}); check disk and rights"
+            ) from None
+
+    def _check_new(self) -> None:
+        """Checks that no other process has begun a new run of this name, or finished the one to resume.
+
+        Raises:
+            InputError: If one has.
+        """
+        path = self.path / "run.json"
+        if self._begins and path.exists():  # a folder without it is of a run that was killed before it began
+            raise InputError(
+                f"run {self.name!r} exists already ({self.path}); go on with it by --resume, or give another --run_name"
+            )
+        if not self._begins and _read_record(path, {}).finished is not None:
+            raise InputError(_why_not(self.name, self.record.request, self.record.request))
 
     def settle(self, products: str, config_yaml: str) -> None:
         """Records how training multiplies: in the configuration, so that it trains the same again, and in the record.
@@ -274,56 +305,20 @@ class RunFolder:
         with atomic_write(self.path / "run.json", "w") as file:
             json.dump(self.record.to_dict(), file, indent=2)
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint in one step. If the disk refuses, the one before stays and a warning says so once."""
-        import torch
-
-        # Into memory first: PyTorch's writer ends the process if the file it writes to fails or Ctrl-C comes.
-        serialised = io.BytesIO()
-        torch.save(state, serialised)
-        try:
-            with atomic_write(self.path / "checkpoint") as file:
-                file.write(serialised.getbuffer())
-        except OSError as error:
-            if not self._warned:
-                warn(f"no checkpoint could be written ({error}); training goes on")
-            self._warned = True
-
-    def load_checkpoint(self, device: str) -> dict[str, Any] | None:
-        """Returns the state that ``save_checkpoint`` wrote last, or None if there is none.
-
-        Args:
-            device: Where its tensors go.
-
-        Raises:
-            InputError: If the file cannot be read.
-        """
-        import torch
-
-        path = self.path / "checkpoint"
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # PyTorch raises many kinds; their messages advise to load the file unsafely
-            raise InputError(
-                f"the checkpoint {path} cannot be read ({type(error).__name__}); delete it and resume again to train "
-                "from the first epoch, or start a new run without --resume"
-            ) from error
-
     def discard(self) -> None:
         """Removes the files of a run that could not begin, and its folder unless it holds anything else."""
         self._lock.release()
         for path in (self.config_yaml, self.audit_md, self.path / "run.json", self.path / ".lock"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies there
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder is not empty
             self.path.rmdir()
             self.path.parent.rmdir()
 
     def finish(self, outcome: RunOutcome) -> None:
-        """Marks the run as finished and removes its checkpoint, from which nothing will continue."""
+        """Marks the run as finished and removes its checkpoints, from which nothing will continue."""
         self.update(finished=outcome)
-        (self.path / "checkpoint").unlink(missing_ok=True)
+        self.checkpoints.remove()
 
 
 def unique_name(logs: Path, stem: str) -> str:
@@ -348,7 +343,7 @@ def _read_record(path: Path, defaults: dict[str, Any]) -> RunRecord:
         InputError: If it cannot be read, or is not what a run writes.
     """
     try:
-        record = RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        record = RunRecord.from_dict(json.loads(read_file(path)))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -365,18 +360,25 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
     Raises:
         ValueError: If the value is of another type; the message calls it ``name``.
     """
+    if kind is Any:
+        return value
     if isinstance(kind, UnionType):  # X | None
         return None if value is None else _parse(typing.get_args(kind)[0], value, name)
     plain = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind) or kind
-    if not isinstance(value, (float, int) if plain is float else plain):
+    accepted = {float: (float, int)}.get(plain, plain)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f"{name} is {type(value).__name__}, expected {plain.__name__}")
+    if plain is list:
+        return [_parse(*typing.get_args(kind), each, f"an entry of {name}") for each in value]
+    if plain is dict and not dataclasses.is_dataclass(kind):
+        return {key: _parse(typing.get_args(kind)[1], each, f"{key[:40]} of {name}") for key, each in value.items()}
     if not dataclasses.is_dataclass(kind):
         return value
     types, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     # An older version did not know entries that have a default.
     missing = {key for key, field in fields.items() if _is_required(field)} - value.keys()
     if different := sorted(missing | (value.keys() - fields.keys())):
-        raise ValueError(f"{name} has a missing or unknown entry {different[0]!r}")
+        raise ValueError(f"{name} has a missing or unknown entry {different[0][:40]!r}")
     return kind(**{key: _parse(types[key], given, key) for key, given in value.items()})
 
 
@@ -390,7 +392,8 @@ def _why_not(name: str, before: RunRequest, now: RunRequest) -> str:
         old, new = (request.settings.get(setting, "unknown") for request in (before, now))
         if old != new:
             return (
-                f"run {name!r} was started with other settings ({setting} {old!r}, now {new!r}); "
+                f"run {name!r} was started with other settings "
+                f"({setting[:40]} {reprlib.repr(old)}, now {reprlib.repr(new)}); "
                 "resume it with its own, or give another --run_name"
             )
     return f"run {name!r} has finished, there is nothing to resume; give another --run_name to train again"

@@ -103,28 +103,28 @@ def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path):
 
 def test_checkpoints_come_back_as_they_were_and_end_with_the_run(tmp_path):
     run = begin(tmp_path)
-    assert run.load_checkpoint("cpu") is None
+    assert run.checkpoints.load("cpu") is None
     state = {"epochs": 2, "network": {"weight": torch.arange(4.0)}, "best": None}
-    run.save_checkpoint({"epochs": 1})
-    run.save_checkpoint(state)
-    loaded = run.load_checkpoint("cpu")
+    run.checkpoints.save({"epochs": 1})
+    run.checkpoints.save(state)
+    loaded = run.checkpoints.load("cpu")
     assert loaded["epochs"] == 2
     assert torch.equal(loaded["network"]["weight"], state["network"]["weight"])
     run.finish(OUTCOME)
-    assert run.load_checkpoint("cpu") is None
+    assert run.checkpoints.load("cpu") is None
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-100], lambda data: b"rubbish" * 99])
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path, damage):
     run = begin(tmp_path)
-    run.save_checkpoint({"epochs": 1, "weight": torch.zeros(100)})
+    run.checkpoints.save({"epochs": 1, "weight": torch.zeros(100)})
     path = run.path / "checkpoint"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=r"checkpoint cannot be read.*delete it and resume again") as error:
-        run.load_checkpoint("cpu")
+        run.checkpoints.load("cpu")
     assert "\n" not in str(error.value)
     path.unlink()
-    assert run.load_checkpoint("cpu") is None
+    assert run.checkpoints.load("cpu") is None
 
 
 def _save_under_a_size_limit(logs):
@@ -133,19 +133,19 @@ def _save_under_a_size_limit(logs):
     run = find(logs, "run")
     with (logs / "stderr").open("w") as told, contextlib.redirect_stderr(told):
         for _ in range(2):
-            run.save_checkpoint({"epochs": 2, "weight": torch.zeros(100_000)})
+            run.checkpoints.save({"epochs": 2, "weight": torch.zeros(100_000)})
 
 
 def test_a_checkpoint_that_cannot_be_written_warns_and_keeps_the_one_before(tmp_path, processes):
     run = begin(tmp_path)
-    run.save_checkpoint({"epochs": 1})
+    run.checkpoints.save({"epochs": 1})
     process = processes.Process(target=_save_under_a_size_limit, args=(tmp_path,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
     (told,) = (tmp_path / "stderr").read_text().splitlines()
     assert told.startswith("warning: no checkpoint could be written")
-    assert run.load_checkpoint("cpu") == {"epochs": 1}
+    assert run.checkpoints.load("cpu") == {"epochs": 1}
     assert [path.name for path in run.path.iterdir() if path.suffix == ".tmp"] == []
 
 
