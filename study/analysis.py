@@ -259,6 +259,11 @@ def paired_table(
     return pd.DataFrame(records, columns=_PAIRED)
 
 
+def against_first(paired: pd.DataFrame) -> pd.DataFrame:
+    """Returns the lines of a ``paired_table`` whose reference is the first arm that has any."""
+    return paired[paired.reference == paired.reference.iloc[0]] if len(paired) else paired
+
+
 def _lines(metric: Metric, arm: str, reference: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Completes the lines of two arms."""
     pair = {"metric": metric.name, "arm": arm, "reference": reference}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, png
-from study.analysis import POOLED, Tables
+from study.analysis import POOLED, Tables, against_first
 from study.metrics import find_metrics
 
 SHOWN = ("nrmse", "median_error", "nll", "rollout_mean", "rollout_tsinf", "spearman")  # of the metrics, in figures
@@ -63,11 +63,12 @@ def draw_figures(tables: Tables) -> dict[str, bytes]:
     """
     with matplotlib.rc_context(STYLE):
         figures = {
-            "effects": draw_effects(tables["paired"]),
             "horizon": draw_horizon(tables["horizon"], tables["horizons"]),
             "calibration": draw_calibration(tables["reliability"]),
             "stability": draw_stability(tables["stability"]),
         }
+        if len(tables["paired"]):  # else no two arms have trainings that did not fail
+            figures["effects"] = draw_effects(tables["paired"])
         if "val_mse" in tables["learning_rates"]:
             figures["sensitivity"] = draw_sensitivity(tables["learning_rates"])
         return {name: png(figure, dpi=150) for name, figure in figures.items()}
@@ -75,7 +76,8 @@ def draw_figures(tables: Tables) -> dict[str, bytes]:
 
 def draw_effects(paired: pd.DataFrame) -> Figure:
     """Forest plot: a panel per shown metric, a line per dataset, a marker per arm against the first one."""
-    paired = paired[(paired.reference == paired.reference.iloc[0]) & (paired.dataset != POOLED)]
+    paired = against_first(paired)
+    paired = paired[paired.dataset != POOLED]
     metrics = find_metrics(name for name in SHOWN if name in set(paired.metric))
     datasets, colours = list(dict.fromkeys(paired.dataset)), arm_colours([paired.reference.iloc[0], *paired.arm])
     arms = list(dict.fromkeys(paired.arm))

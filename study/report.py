@@ -12,7 +12,7 @@ import pandas as pd
 
 from data.audit import audit
 from reporting.page import Section, format_cell, html_page, html_table, markdown_page, markdown_table
-from study.analysis import POOLED, Tables, analyse
+from study.analysis import POOLED, Tables, against_first, analyse
 from study.cells import parse_name, short_name, split_dataset, training_rows
 from study.figures import CAPTIONS, draw_figures
 from study.grid import Datasets, Grid
@@ -191,7 +191,7 @@ def answers(paired: pd.DataFrame) -> pd.DataFrame:
     """
     lines, metrics = [], find_metrics(paired.metric)
     for name, metric in metrics.items():
-        of_metric = paired[(paired.metric == name) & (paired.reference == paired.reference.iloc[0])]
+        of_metric = against_first(paired[paired.metric == name])
         line = {"": metric.label}
         for (arm, reference), rows in of_metric.groupby(["arm", "reference"], sort=False):
             counts = rows[rows.dataset != POOLED].verdict.value_counts(sort=False)
@@ -209,13 +209,14 @@ def by_dataset(paired: pd.DataFrame) -> pd.DataFrame:
     Args:
         paired: Table of ``analysis.paired_table``.
     """
-    rows = paired[(paired.reference == paired.reference.iloc[0]) & (paired.dataset != POOLED)]
+    rows = against_first(paired)
+    rows = rows[rows.dataset != POOLED]
     return side_by_side(rows, "effect", rows.arm + " / " + rows.reference)
 
 
 def build_sections(facts: StudyFacts, tables: Tables) -> list[Section]:
     """Returns the parts of the report in reading order."""
-    paired, values, figures = tables["paired"], tables["values"], ["sensitivity"]
+    paired, values = tables["paired"], tables["values"]
     margins = pd.DataFrame(
         [
             {"metric": metric.label, "is": metric.meaning, "compared by": "ratio" if metric.is_ratio else "difference"}
@@ -233,7 +234,7 @@ def build_sections(facts: StudyFacts, tables: Tables) -> list[Section]:
             "Dataset by dataset",
             "Each arm against the first one, in pairs of runs with the same seed and trajectories: ratio or "
             "difference, 95 % interval, and what it means.",
-            figures=["effects"],
+            figures=["effects"] if len(paired) else [],
             tables={"Effects": by_dataset(paired), "Values": side_by_side(values, "value", values.arm)},
             details={"All pairs of arms": paired},
         ),
@@ -261,7 +262,7 @@ def build_sections(facts: StudyFacts, tables: Tables) -> list[Section]:
             "Learning rates",
             "below and above: validation error at the neighbouring candidates over that at the chosen rate. "
             + rates_at_the_edge(tables["sensitivity"]),
-            figures=figures if "val_mse" in tables["learning_rates"] else [],
+            figures=["sensitivity"] if "val_mse" in tables["learning_rates"] else [],
             tables={"How forgiving each arm is": tables["sensitivity"]},
             details={"All trials": tables["learning_rates"]},
         ),
