@@ -1,4 +1,8 @@
-"""What the commands share: parser, exit codes, Ctrl-C, checks of outputs, choice of device."""
+"""What the commands share: parser, exit codes, Ctrl-C, checks of outputs, choice of device.
+
+A command ends with 0 if it succeeded, 1 if something failed while it worked, 2 if something given is wrong (nothing is
+written then), 3 if it succeeded but for members that failed in training, and 130 if it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from utils import InputError
+from utils import InputError, make_temporary
+
+_SQLITE = b"SQLite format 3\0"  # how every database of SQLite begins
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -87,8 +92,47 @@ def interruptible() -> Iterator[list[int]]:
 # --- Outputs ---
 
 
+def output_path(text: str) -> Path:
+    """Is the type of flags that name an output file: a path that does not look like that of a folder.
+
+    Raises:
+        ArgumentTypeError: If it does.
+    """
+    if not text or text.endswith(("/", "/.")):
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of a folder; give the name of a file")
+    return Path(text)
+
+
+def check_outputs(outputs: Iterable[tuple[str, Path | None]], kept: Iterable[tuple[str, Path]]) -> None:
+    """Checks that files can be written without harm to others, without writing them.
+
+    Files are the same by what they are, not by what they are called: hard and symbolic links are found, too. No
+    output replaces a database, whichever it is.
+
+    Args:
+        outputs: Flags and the paths that they gave, None where they gave none.
+        kept: What must stay as it is, each with what it is: a flag, or words such as ``the MLflow store``.
+
+    Raises:
+        InputError: If one cannot be written, or is a file that is kept or another output.
+    """
+    taken = {identity: what for what, path in kept for identity in _identities(path)}
+    for flag, path in outputs:
+        if path is None:
+            continue
+        check_output_file(path, flag)
+        own = _identities(path)
+        if other := next((taken[identity] for identity in own if identity in taken), None):
+            raise InputError(
+                f"{flag} {str(path)!r} is the file of {other}, which it would overwrite; give another path"
+            )
+        if path.is_file() and _is_database(path):
+            raise InputError(f"{flag} {str(path)!r} is a database, which it would overwrite; give another path")
+        taken |= dict.fromkeys(own, flag)
+
+
 def check_output_file(path: Path, flag: str) -> None:
-    """Checks that a file can be written to a path, without writing it.
+    """Checks that a file can be written to a path, without writing it: its temporary file is made and removed.
 
     Args:
         path: The file.
@@ -99,14 +143,39 @@ def check_output_file(path: Path, flag: str) -> None:
     """
     folder = path.parent
     try:
-        if path.exists() and not path.is_file():
+        if _exists(path) and not path.is_file():
             raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
         folder = _nearest_existing(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        descriptor, temporary = make_temporary(path, folder)
+        os.close(descriptor)
+        Path(temporary).unlink()
+        _exists(path.absolute().with_name(Path(temporary).name))  # longer than the path: is it too long?
     except OSError as error:
         reason = f"{folder}: {error.strerror}"
         raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything; an OSError if there can be nothing: too long a name, links in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_database(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+    return False
+
+
+def _identities(path: Path) -> set[object]:
+    """Returns what two paths of the same file have in common at least one of: the resolved path, the inode."""
+    found: set[object] = {os.path.realpath(path)}
+    with contextlib.suppress(OSError, ValueError):
+        found.add((path.stat().st_dev, path.stat().st_ino))
+    return found
 
 
 def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
@@ -120,19 +189,29 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
     Raises:
         InputError: If it is a file, holds other files (hidden ones do not count), or cannot be made or written.
     """
+    try:
+        existing = _nearest_existing(folder)
+    except OSError as error:
+        raise InputError(f"--output {str(folder)!r} cannot be made ({error.strerror}); give another folder") from None
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {str(folder)!r} is a file; give a folder")
     if not is_ours and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise InputError(f"--output {str(folder)!r} holds other files than {expected}; give a new or empty folder")
-    existing = _nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--output {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
 
 
 def _nearest_existing(folder: Path) -> Path:
-    """Returns the folder, or the nearest of its parents that exists, as an absolute path."""
+    """Returns the folder, or the nearest of its parents that exists, as an absolute path.
+
+    Raises:
+        OSError: If the folder can be none: too long a name, links in a circle.
+    """
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if _exists(path))
+    for missing in folder.relative_to(existing).parts:
+        _exists(existing / missing)  # the system does not look at names below a folder that does not exist yet
+    return existing
 
 
 # --- Device ---

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from cli import (
     CommandLine,
-    check_output_file,
+    check_outputs,
     choose_device,
     exit_on_input_error,
     exit_when_out_of_memory,
     interruptible,
+    output_path,
 )
 from config import LearnConfig, load_config
 from utils import ROOT, InputError, atomic_write
@@ -73,7 +74,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
         holds_out = args.holdout_ratio > 0 or args.holdout_samples is not None or args.holdout_dataset is not None
         if config.patience is not None and not holds_out:
             raise InputError(f"patience is {config.patience}, which needs validation errors; add --holdout_ratio 0.2")
-        check_outputs(args)
+        check_paths(args)
         device = choose_device(args.device)
 
         from data.audit import audit
@@ -182,7 +183,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, help="seed of every random stream; overrides the configuration's")
     parser.add_argument(
-        "--output", type=Path, default=Path("model.pkl"), help="where the trained model goes (default: model.pkl)"
+        "--output",
+        type=output_path,
+        default=Path("model.pkl"),
+        help="where the trained model goes (default: model.pkl)",
     )
     parser.add_argument(
         "--holdout_ratio",
@@ -221,7 +225,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="score the training rows after every epoch; without it, which saves up to a third of the time, train_mse "
         f"is measured after the first, every {TRAIN_SCORE_EVERY}th and the last epoch only",
     )
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write metrics here rather than to the run's folder")
+    parser.add_argument(
+        "--csv", type=output_path, metavar="PATH", help="write metrics here rather than to the run's folder"
+    )
     parser.add_argument("--run_name", metavar="NAME", help="name of the run in logs/ and MLflow (default: made up)")
     parser.add_argument(
         "--resume",
@@ -231,7 +237,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dataset_path",
-        type=Path,
+        type=output_path,
         metavar="PATH",
         help="keep the prepared dataset here as a (paths, metadata) pickle, and reuse it if it is the one asked for",
     )
@@ -247,29 +253,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Checks that what the run will write can be written where it was asked for, without writing it.
 
     Raises:
-        InputError: If it cannot, a path is that of another flag, or the run's name is no plain name.
+        InputError: If it cannot, it would replace what must stay, or the run's name is no plain name.
     """
+    from tracking.mlflow_store import store_files, tracking_uri
+    from tracking.run_folder import OWN_FILES
+
     if args.run_name is not None and not re.fullmatch(r"[\w-][\w.+-]*", args.run_name):
         raise InputError(
             f"--run_name got {args.run_name!r}; expected letters, digits and . + - _: it becomes a folder in logs/"
         )
-    taken = {args.config.resolve(): "--config"}
+    kept = [("--config", args.config)]
     for flag, names in (("--dataset", args.dataset), ("--holdout_dataset", [args.holdout_dataset or "."])):
         for name in names:
-            taken |= {ROOT / "data" / "bundled" / f"{name}.hdf5": flag, Path(name).resolve(): flag}
-    for flag, path in (("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)):
-        if path is None:
-            continue
-        check_output_file(path, flag)
-        other = taken.setdefault(path.resolve(), flag)
-        if other != flag:
-            raise InputError(
-                f"{flag} {str(path)!r} is the file of {other}, which it would overwrite; give another path"
-            )
+            base = name.partition("::")[0]  # the rest chooses keys
+            kept += [(flag, ROOT / "data" / "bundled" / f"{base}.hdf5"), (flag, Path(base)), (flag, Path(name))]
+    kept += [("the MLflow store", path) for path in store_files(tracking_uri())]
+    outputs = [("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)]
+    for folder in {path.absolute().parent for _, path in outputs if path is not None}:
+        if folder.parent == LOGS.absolute():
+            own = [] if args.csv is None or folder.name != args.run_name else [args.csv.absolute()]
+            kept += [(f"run {folder.name!r}", folder / name) for name in OWN_FILES if [folder / name] != own]
+    check_outputs(outputs, kept)
 
 
 # --- The data ---

@@ -377,8 +377,9 @@ def test_help_needs_no_heavy_import():
         (["--output", "THE DATASET"], ["--dataset", "overwrite"]),
         (["--output", "/dev/null"], ["device"]),
         (["--holdout_ratio", "2", "--dataset_path", "cache.pkl"], ["holdout_ratio"]),
-        (["--params", "ensemble_size=100000000000"], ["GiB", "ensemble_size"]),
-        (["--params", "hidden_size=10000000000"], ["GiB", "hidden_size"]),
+        (["--params", "ensemble_size=100000000000"], ["ensemble_size", "at most"]),
+        (["--params", "ensemble_size=10000", "hidden_size=60000,60000"], ["GiB", "ensemble_size"]),
+        (["--params", "hidden_size=10000000000"], ["hidden_size", "at most"]),
         (["--params", "seed=2020-13-45"], ["seed"]),
         (["--params", "hidden_size=" + "[" * 1000], ["hidden_size"]),
         (["--unknown"], ["--unknown", "--help"]),
@@ -425,7 +426,7 @@ def test_a_run_name_is_trained_once_also_where_it_was_cut_off_before_its_first_f
 
 
 def test_a_diverged_run_fails_and_leaves_no_model(linear_dataset, workplace, capsys):
-    settings = ["fit_lr=1e30", "scheduler=null"]
+    settings = ["fit_lr=1e9", "scheduler=null"]
     assert main([*arguments(linear_dataset, published("dnn"), *settings), *HOLDOUT]) == 1
     assert "diverged" in capsys.readouterr().err
     assert not (workplace / "model.pkl").exists()

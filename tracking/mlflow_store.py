@@ -60,6 +60,14 @@ def sqlite_path(uri: str) -> Path:
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
+def store_files(uri: str) -> list[Path]:
+    """Returns the files of a SQLite store: the database, and those that SQLite and ``lock_store`` keep beside it."""
+    if not uri.startswith("sqlite:///"):
+        return []
+    path = sqlite_path(uri)
+    return [path.with_name(f"{path.name}{ending}") for ending in ("", "-journal", "-wal", "-shm", ".lock")]
+
+
 def open_client(uri: str) -> MlflowClient:
     """Returns a client of the store at ``uri``: without log messages, long retries or telemetry."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -31,6 +31,11 @@ from filelock import FileLock, Timeout
 from tracking.checkpoints import CheckpointFiles
 from utils import InputError, Origin, atomic_write, read_file
 
+OWN_FILES = (
+    *("config.yaml", "run.json", "audit.md", "metrics.csv", "learning_curves.png"),
+    *("checkpoint", "checkpoint.before", ".lock"),
+)
+
 
 @dataclass(frozen=True)
 class RunRequest:
