@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pickle
 import re
 import sys
@@ -108,7 +109,7 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
     from tracking.trackers import Summary
     from training.fastest_products import fastest_products
     from training.loop import train_ensemble
-    from training.scores import mean_scores, metric_rows, rank_elites, score_members
+    from training.scores import failed_members, mean_scores, metric_rows, rank_elites, score_members
 
     try:
         with tracker:
@@ -135,21 +136,28 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
             curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
-            summary = Summary(mean_scores(scores), members=scores, elites=elites)
+            summary = Summary(mean_scores(scores), scores, elites, failed_members(scores))
             tracker.finish(summary, [run.config_yaml, run.metrics_csv, run.audit_md, curves, args.output])
+        run.finish(RunOutcome(str(args.output), scores, elites, summary.failed))
     except FloatingPointError as error:
         print(f"error: {error}; its metrics are in {run.metrics_csv}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}; run {run.name} is kept: mend it and go on with --resume", file=sys.stderr)
+        print(f"error: {error}; mend it and go on with the same command and {resume_flags(run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; go on with the same command and --resume --run_name {run.name}", file=sys.stderr)
+        print(f"interrupted; go on with the same command and {resume_flags(run)}", file=sys.stderr)
         return 130
-    run.finish(RunOutcome(str(args.output), scores, elites))
+    for member in summary.failed:
+        warn(f"member {member} failed, its numbers are not finite; it has its last good weights and is no elite")
     if not args.quiet:
         print(results_table(scores, elites, args.output, run))
-    return 0
+    return 3 if summary.failed else 0
+
+
+def resume_flags(run: RunFolder) -> str:
+    """Returns what goes on with a run, behind the command that began it."""
+    return f"--resume --run_name {run.name}"
 
 
 # --- The command line ---
@@ -160,7 +168,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(
         description="Learn an ensemble of dynamics models from an offline dataset.",
         epilog="Try: python learn_model.py --dataset hopper-medium-demo --config configs/hopper_dnn.yaml "
-        "--holdout_ratio 0.2",
+        "--holdout_ratio 0.2. Exit codes: 0 success, 1 failed, 2 wrong input, 3 success but for members that failed, "
+        "130 interrupted.",
     )
     parser.add_argument(
         "--dataset",
@@ -273,10 +282,10 @@ def check_paths(args: argparse.Namespace) -> None:
             kept += [(flag, ROOT / "data" / "bundled" / f"{base}.hdf5"), (flag, Path(base)), (flag, Path(name))]
     kept += [("the MLflow store", path) for path in store_files(tracking_uri())]
     outputs = [("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)]
-    for folder in {path.absolute().parent for _, path in outputs if path is not None}:
-        if folder.parent == LOGS.absolute():
-            own = [] if args.csv is None or folder.name != args.run_name else [args.csv.absolute()]
-            kept += [(f"run {folder.name!r}", folder / name) for name in OWN_FILES if [folder / name] != own]
+    for folder in {Path(os.path.realpath(path)).parent for _, path in outputs if path is not None}:
+        if folder.parent == LOGS.resolve():
+            names = [name for name in OWN_FILES if name != "metrics.csv" or folder.name != args.run_name]
+            kept += [(f"run {folder.name!r}", folder / name) for name in names]
     check_outputs(outputs, kept)
 
 
@@ -341,7 +350,7 @@ def open_run(
 ) -> RunFolder:
     """Finds the run to resume, or makes a new one."""
     from data.audit import to_markdown
-    from tracking.run_folder import RunFolder, RunOrigin, RunRequest, unique_name
+    from tracking.run_folder import RunFolder, RunOrigin, RunRequest, claim_name
 
     dataset, held_out = division.whole, division.holdout_dataset
     request = RunRequest(
@@ -362,7 +371,7 @@ def open_run(
     if run is None:
         names = "+".join(Path(name).stem for name in args.dataset)
         stem = f"{names}-{args.config.stem}-s{config.seed}"
-        run_name = args.run_name or unique_name(LOGS, stem)
+        run_name = args.run_name or claim_name(LOGS, stem)
         run = RunFolder.create(LOGS, run_name, request, RunOrigin.here(), args.csv, map(dataclasses.asdict, findings))
     elif args.csv is not None and args.csv.resolve() != run.metrics_csv.resolve():
         raise InputError(f"run {run.name!r} has its metrics in {run.metrics_csv}, not in {args.csv}; leave --csv out")
@@ -402,7 +411,11 @@ def open_trackers(
         if checkpoint is None:
             run.discard()
         raise
-    run.update(mlflow_run_id=mlflow_tracker.run_id)
+    try:
+        run.update(mlflow_run_id=mlflow_tracker.run_id)
+    except OSError as error:
+        mlflow_tracker.close(failed=True)
+        raise InputError(f"run {run.name!r} cannot be written ({error.strerror}); free space") from None
     progress = ProgressTracker(request.config["fit_epochs"], epochs or 0, args.quiet)
     return Trackers([csv_tracker, mlflow_tracker, progress])
 
@@ -422,6 +435,7 @@ def build_metadata(
 ) -> dict[str, Any]:
     """Returns what ``model.pkl`` says of itself, in plain Python types; the transitions are those that trained."""
     from dynamics_model import FORMAT_VERSION
+    from training.scores import failed_members, stray_members
 
     dataset = division.whole
     return {
@@ -438,6 +452,8 @@ def build_metadata(
         "data": summarise_data(ensemble, transitions, division, elites),
         "scores": scores,
         "elites": elites,
+        "failed": failed_members(scores),
+        "stray": sorted(stray_members(scores)),
         "seed": config.seed,
         "run_name": run.name,
         "mlflow_run_id": run.record.mlflow_run_id,
@@ -502,13 +518,20 @@ def describe(config: LearnConfig, division: Division, rows: int, device: str, ru
 
 def results_table(scores: list[dict[str, float | None]], elites: list[int], output: Path, run: RunFolder) -> str:
     """Returns the final scores per member, and what to do next, as text."""
-    names = [name for name in scores[0] if scores[0][name] is not None]
+    from training.scores import STRAY, stray_members
+
+    names = [name for name in scores[0] if scores[elites[0]][name] is not None]
     lines = ["member  " + "  ".join(f"{name:>10}" for name in names)]
     for member, score in enumerate(scores):
         mark = "*" if member in elites else " "
-        lines.append(f"{member:>5} {mark} " + "  ".join(f"{score[name]:>10.5f}" for name in names))
+        cells = ["failed" if score[name] is None else f"{score[name]:.5f}" for name in names]
+        lines.append(f"{member:>5} {mark} " + "  ".join(f"{cell:>10}" for cell in cells))
+    lines.append("* elite; errors in units of each dimension's mean absolute deviation (squared), nll in nats")
     lines += [
-        "* elite; errors in units of each dimension's mean absolute deviation (squared), nll in nats",
+        f"member {member} is stray: its error is {times:.0f} times the median's (more than {STRAY:g} times is stray)"
+        for member, times in stray_members(scores).items()
+    ]
+    lines += [
         "",
         f"model   {output}   (load it: dynamics_model.load_ensemble({str(output)!r}))",
         f"metrics {run.metrics_csv}",

@@ -17,6 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 import learn_model
@@ -24,7 +25,9 @@ from data.sources import load_dataset
 from data.trajectories import gather_transitions
 from dynamics_model import load_ensemble
 from learn_model import main
+from tracking.checkpoints import CheckpointFiles
 from tracking.mlflow_tracker import load_run
+from tracking.run_folder import RunFolder, RunRecord
 
 ROOT = Path(learn_model.__file__).parent
 LENGTH, EPISODES = 40, 12
@@ -353,6 +356,8 @@ def test_help_needs_no_heavy_import():
         (["--params", "fit_epochs"], ["key=value"]),
         (["--params", "hidden_size=a,b"], ["hidden_size", "whole number"]),
         (["--params", "patience=3"], ["patience", "--holdout_ratio"]),
+        (["--params", "kind=posthoc"], ["posthoc", "held-out rows", "--holdout_ratio"]),
+        (["--params", "huber_width=0.1", "kind=probabilistic"], ["huber_width is 0.1; expected null"]),
         (["--params", "kind=determinstic"], ["determinstic", "deterministic, probabilistic", "did you mean"]),
         (
             ["--params", "beta_nll=0.5", "--dataset", "gone"],
@@ -433,6 +438,105 @@ def test_a_diverged_run_fails_and_leaves_no_model(linear_dataset, workplace, cap
 
 
 # --- Runs that are cut off ---
+
+
+@pytest.fixture
+def cut_off_after(monkeypatch):
+    """Returns a function that lets the next training be interrupted once it has saved so many checkpoints."""
+
+    def cut(epochs):
+        save = CheckpointFiles.save
+        saved = []
+
+        def save_and_stop(files, state):
+            save(files, state)
+            saved.append(state["epochs"])
+            if len(saved) == epochs:
+                monkeypatch.setattr(CheckpointFiles, "save", save)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(CheckpointFiles, "save", save_and_stop)
+
+    return cut
+
+
+def astray(path, member):
+    """Gives a member moments with which its next step leads to weights without bounds; they are finite themselves."""
+    state = torch.load(path, weights_only=True)
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"][member] = 1e38
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("holdout", [[], HOLDOUT], ids=["latest", "best"])
+@pytest.mark.parametrize("products", ["torch/together/2", "torch/apart/2"])
+def test_a_member_that_goes_astray_leaves_the_others_as_they_are(
+    linear_dataset, workplace, capsys, cut_off_after, holdout, products
+):
+    command = [*arguments(linear_dataset, published("pnn"), f"products={products}", "fit_epochs=6"), *holdout]
+    assert main([*command, "--run_name", "whole", "--output", "whole.pkl"]) == 0
+    cut_off_after(3)
+    assert main([*command, "--run_name", "astray"]) == 130
+    (before,) = (torch.load(workplace / "logs/astray/checkpoint", weights_only=True),)
+    astray(workplace / "logs/astray/checkpoint", member=1)
+    capsys.readouterr()
+
+    assert main([command[0], *command[1:], "--resume", "--run_name", "astray"]) == 3
+
+    assert "warning: member 1 failed" in capsys.readouterr().err
+    (models, metadata), (whole, _) = load("model.pkl"), load("whole.pkl")
+    for member in (0, 2):
+        for own, other in zip(models[member].parameters(), whole[member].parameters(), strict=True):
+            assert torch.equal(own, other)
+    kept = before["best"]["weights"]
+    for own, good in zip(models[1].network.parameters(), kept, strict=True):
+        assert torch.equal(own[0], good[1]), "its last good weights"
+    assert metadata["failed"] == [1] and 1 not in metadata["elites"] and len(metadata["elites"]) == 2
+    assert metadata["scores"][1] == {"train_mse": None, "val_mse": None, "nll": None}
+    assert 1 not in load_ensemble("model.pkl").elites
+    rows = read(workplace / "logs/astray/metrics.csv")
+    assert [row["gauss_loss"] for row in rows if row["model_id"] == "1"][3:] == ["nan"] * 3
+    assert all(row["gauss_loss"] != "nan" for row in rows if row["model_id"] != "1")
+    assert json.loads((workplace / "logs/astray/run.json").read_text())["finished"]["failed"] == [1]
+
+
+def test_the_table_names_members_that_failed_and_that_are_stray(workplace):
+    scores = [{"train_mse": error, "val_mse": None, "nll": None} for error in (1.0, None, 1.0, 30.0)]
+    run = RunFolder(workplace, RunRecord(None, None))
+    lines = learn_model.results_table(scores, [0, 2, 3], Path("model.pkl"), run).splitlines()
+    assert lines[2].split() == ["1", "failed"]
+    assert "member 3 is stray: its error is 30 times the median's (more than 5 times is stray)" in lines
+
+
+def test_an_unreadable_checkpoint_falls_back_to_the_one_before_and_ends_in_the_same_bits(
+    linear_dataset, workplace, capsys, cut_off_after
+):
+    command = [*arguments(linear_dataset, published("pnn"), "fit_epochs=6"), *HOLDOUT]
+    assert main([*command, "--run_name", "whole", "--output", "whole.pkl"]) == 0
+    cut_off_after(4)
+    assert main([*command, "--run_name", "cut"]) == 130
+    path = workplace / "logs/cut/checkpoint"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+
+    assert main([*command, "--resume", "--run_name", "cut"]) == 0
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "logs/cut/checkpoint cannot be read" in line and "going on from the one before it, after epoch 3" in line
+    assert states_equal(load("model.pkl")[0], load("whole.pkl")[0])
+    assert (workplace / "logs/cut/metrics.csv").read_text() == (workplace / "logs/whole/metrics.csv").read_text()
+    client = MlflowClient()
+    for run in ("cut", "whole"):
+        run_id = json.loads((workplace / f"logs/{run}/run.json").read_text())["mlflow_run_id"]
+        history = client.get_metric_history(run_id, "gauss_loss/mean")
+        assert [metric.step for metric in history] == [*range(6)], "every epoch once"
+
+
+def states_equal(models, others):
+    pairs = zip(models, others, strict=True)
+    return all(torch.equal(a, b) for m, o in pairs for a, b in zip(m.parameters(), o.parameters(), strict=True))
 
 
 def wait_until(holds, process, printed):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import re
 import sys
 import tempfile
@@ -117,6 +118,7 @@ class MlflowTracker(Tracker):
         self._last_steps: dict[int | None, dict[str, int]] = {}  # by metric, as the run had it when it was opened
         self._unsent: dict[int | None, list[tuple[str, float, int, int]]] = defaultdict(list)
         self._elites: list[int] | None = None
+        self._failed: list[int] = []
         self._artifacts: list[Path] = []
         self._pause = self._SECONDS_BETWEEN_SENDS
         self._next_send = 0.0
@@ -148,7 +150,7 @@ class MlflowTracker(Tracker):
         for member, metrics in [(None, summary.metrics), *enumerate(summary.members)]:
             for name, value in metrics.items():
                 self._add(member, f"summary/{name}", value, step=0)
-        self._elites = list(summary.elites)
+        self._elites, self._failed = list(summary.elites), list(summary.failed)
         self._artifacts = list(artifacts)
 
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
@@ -169,9 +171,10 @@ class MlflowTracker(Tracker):
         for name in [name for name in rows[0] if name not in ("step", "model_id")]:
             for row in rows:
                 self._add(row["model_id"], name, row[name], step)
-            if values := [row[name] for row in rows if row[name] is not None]:
-                # With NumPy, where nan among the numbers gives nan; a diverged member may also be infinite.
-                with np.errstate(all="ignore"):
+            values = [row[name] for row in rows if row[name] is not None]
+            values = [value for value in values if not math.isnan(value)] or values[:1]  # nan: the member has failed
+            if values:
+                with np.errstate(all="ignore"):  # values may be infinite
                     self._add(None, f"{name}/mean", float(np.mean(values)), step)
                     self._add(None, f"{name}/min", float(np.min(values)), step)
                     self._add(None, f"{name}/max", float(np.max(values)), step)
@@ -215,6 +218,8 @@ class MlflowTracker(Tracker):
         self._send()
         if self._elites is not None:
             self._client.set_tag(self.run_id, "elites", ",".join(map(str, self._elites)))
+        if self._failed:
+            self._client.set_tag(self.run_id, "failed", ",".join(map(str, self._failed)))
         while self._artifacts:
             self._client.log_artifact(self.run_id, str(self._artifacts[0]))
             del self._artifacts[0]
@@ -241,9 +246,9 @@ class MlflowTracker(Tracker):
                     client.finalize_logged_model(model_id, "FAILED")
 
     def _terminate(self, status: str) -> None:
-        """Ends the runs, the ensemble's last, so that all are ended when it is."""
-        for run_id in reversed(self._run_ids.values()):
-            self._client.set_terminated(run_id, status)
+        """Ends the runs, the ensemble's last, so that all are ended when it is; members that failed have failed."""
+        for member, run_id in reversed(self._run_ids.items()):
+            self._client.set_terminated(run_id, "FAILED" if member in self._failed else status)
 
     def _open_runs(self) -> None:
         """Finds or creates every run. Called again after a failure, it continues where it stopped."""

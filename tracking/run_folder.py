@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from filelock import FileLock, Timeout
 from tracking.checkpoints import CheckpointFiles
 from utils import InputError, Origin, atomic_write, read_file
 
+_LONGEST_STEM = 150  # bytes of a made-up name; file systems allow 255
 OWN_FILES = (
     *("config.yaml", "run.json", "audit.md", "metrics.csv", "learning_curves.png"),
     *("checkpoint", "checkpoint.before", ".lock"),
@@ -95,11 +97,13 @@ class RunOutcome:
         output: Path of the trained model.
         scores: Final scores of each member by name; None is a score that was not measured.
         elites: Indices of the elite members, best first.
+        failed: Indices of the members that failed.
     """
 
     output: str
     scores: list[dict[str, float | None]]
     elites: list[int]
+    failed: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -326,13 +330,31 @@ class RunFolder:
         self.checkpoints.remove()
 
 
-def unique_name(logs: Path, stem: str) -> str:
-    """Returns ``stem`` followed by the time, and by a number if there is such a run already."""
-    name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = 1
-    while (logs / (name if taken == 1 else f"{name}-{taken}")).exists():
-        taken += 1
-    return name if taken == 1 else f"{name}-{taken}"
+def claim_name(logs: Path, stem: str) -> str:
+    """Makes the folder of a new run, which is therefore nobody else's, and returns its name.
+
+    Args:
+        logs: Folder of all runs.
+        stem: What the name begins with; what a ``--run_name`` may not have is replaced. The time follows, and a number
+            if there is such a run already.
+
+    Raises:
+        InputError: If the folder cannot be made.
+    """
+    plain = re.sub(r"[^\w.+-]|^[.+]", "_", stem).encode()[:_LONGEST_STEM].decode(errors="ignore")
+    stem = f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        name = stem if number == 1 else f"{stem}-{number}"
+        try:
+            (logs / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"the run folder {logs / name} cannot be made ({error.strerror}); check disk and rights"
+            ) from None
+        return name
+    raise AssertionError("numbers do not end")
 
 
 def _latest_first(logs: Path) -> list[Path]:

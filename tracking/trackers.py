@@ -14,11 +14,12 @@ tracking server does may stop training.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,11 +36,13 @@ class Summary:
         metrics: Final scores of the ensemble by name: means over its members.
         members: Final scores of each member by name; None is a score that was not measured.
         elites: Indices of the members that did best on held-out rows, best first; all members without a holdout.
+        failed: Indices of the members that failed: their numbers were not finite any more.
     """
 
     metrics: dict[str, float]
     members: list[dict[str, float | None]]
     elites: list[int]
+    failed: list[int] = field(default_factory=list)
 
 
 class Tracker:
@@ -126,8 +129,9 @@ class ProgressTracker(Tracker):
         self._start = time.monotonic()
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
-        """Shows the mean loss and the median validation error over members."""
+        """Shows the mean loss and the median validation error over members that have not failed."""
         loss_name = next(name for name in rows[0] if name.endswith("_loss"))
+        rows = [row for row in rows if not math.isnan(row[loss_name])] or rows
         shown = f"loss {statistics.fmean(row[loss_name] for row in rows):.4g}"
         if scores := [row["val_mse"] for row in rows if row.get("val_mse") is not None]:
             shown += f", val {statistics.median(scores):.4g}"

@@ -77,7 +77,7 @@ def metric_rows(ensemble: DynamicsEnsemble, config: LearnConfig, epoch: Epoch) -
     """Returns an epoch's rows of ``metrics.csv``, one per member; None is a number that was not measured.
 
     ``train_mse``, ``val_mse`` and ``nll`` (on the holdout) are those of the epoch's final weights; the loss is the mean
-    over its minibatches, and ``lr`` the rate at its first step.
+    over its minibatches, and ``lr`` the rate at its first step. What is measured of a member that has failed is nan.
     """
     missing = [None] * len(ensemble)
     columns = {
@@ -92,7 +92,11 @@ def metric_rows(ensemble: DynamicsEnsemble, config: LearnConfig, epoch: Epoch) -
         "reward_val_mse": epoch.holdout_scores.get("reward_mse", missing),
     }
     names = metric_columns(ensemble)
-    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
+    for row in rows:
+        if epoch.failed[row["model_id"]]:
+            row |= {name: math.nan for name in names[2:] if name != "lr" and row[name] is not None}
+    return rows
 
 
 def score_members(

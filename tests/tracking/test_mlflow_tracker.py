@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -125,7 +126,17 @@ def test_numbers_that_are_not_finite_are_taken(store, epoch_rows):
     assert math.isnan(member.data.metrics["mse_loss"])
     assert member.data.metrics["val_mse"] > 1e300  # how MLflow's database keeps infinity
     assert other.data.metrics["val_mse"] == 1.0
-    assert math.isnan(store.get_run(tracker.run_id).data.metrics["mse_loss/min"])
+    ensemble = store.get_run(tracker.run_id).data.metrics
+    assert ensemble["mse_loss/min"] == other.data.metrics["mse_loss"], "of the members that have not failed"
+
+
+def test_members_that_failed_are_marked(store, run_epochs, summary):
+    with open_mlflow() as tracker:
+        run_epochs(tracker, range(1))
+        tracker.finish(dataclasses.replace(summary, failed=[0]), [])
+    assert [run.info.status for run in nested_runs(store, tracker.run_id)] == ["FAILED", "FINISHED"]
+    ensemble = store.get_run(tracker.run_id)
+    assert (ensemble.info.status, ensemble.data.tags["failed"]) == ("FINISHED", "0")
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])

@@ -1,13 +1,14 @@
 import contextlib
 import dataclasses
 import json
+import re
 import resource
 import signal
 
 import pytest
 import torch
 
-from tracking.run_folder import RunFolder, RunOrigin, RunOutcome, RunRecord, RunRequest, unique_name
+from tracking.run_folder import RunFolder, RunOrigin, RunOutcome, RunRecord, RunRequest, claim_name
 from utils import InputError, Origin
 
 DEFAULTS = {"fit_epochs": 40, "seed": 0, "kind": None}
@@ -75,7 +76,12 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert find(tmp_path, "run").record == run.record == RunRecord(REQUEST, ORIGIN, str(run.metrics_csv), [], "a1b2")
     run.finish(OUTCOME)
     written = json.loads((run.path / "run.json").read_text())
-    assert written["finished"] == {"output": "model.pkl", "scores": [{"val_mse": 0.5, "nll": None}], "elites": [0]}
+    assert written["finished"] == {
+        "output": "model.pkl",
+        "scores": [{"val_mse": 0.5, "nll": None}],
+        "elites": [0],
+        "failed": [],
+    }
     assert RunRecord.from_dict(written) == run.record
 
 
@@ -280,10 +286,16 @@ def test_what_a_killed_write_left_behind_is_removed(tmp_path):
     assert not (run.path / ".checkpoint.abc.tmp").exists()
 
 
-def test_made_up_names_are_free(tmp_path):
-    first = unique_name(tmp_path, "hopper")
-    (tmp_path / first).mkdir()
-    second = unique_name(tmp_path, "hopper")
-    assert first.startswith("hopper-")
-    assert second != first
-    assert not (tmp_path / second).exists()
+def test_made_up_names_are_taken_at_once(tmp_path):
+    names = [claim_name(tmp_path, "hopper") for _ in range(3)]
+    assert len(set(names)) == 3
+    assert all(name.startswith("hopper-") and (tmp_path / name).is_dir() for name in names)
+
+
+@pytest.mark.parametrize(
+    "stem", ["x" * 400, "\u00e9" * 400, "a b/c$", "\udcff", ".hidden", "+a", "a\nb", "=1+1", "..", "<b>|"]
+)
+def test_made_up_names_are_names_whatever_the_file_is_called(tmp_path, stem):
+    name = claim_name(tmp_path, stem)
+    assert re.fullmatch(r"[\w-][\w.+-]*", name)
+    assert (tmp_path / name).is_dir()
