@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         check_study(args.output)
         tuning = known_tuning(args, arms)
         device = args.device if args.engine == "ray" else choose_device(args.device)
-        grid = Grid(arms, args.datasets, args.seeds, args.split_seeds, device, args.threads, args.simulator)
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        grid = Grid(arms, args.datasets, seeds, args.split_seeds, device, args.threads, args.simulator)
         datasets = load_datasets(args.datasets, args.split_seeds, args.simulator, args.quiet)
         store = CellStore(args.output)
         trials = grid.trials(args.learning_rates) if tuning is None else []
@@ -139,8 +140,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME[:ROWS]",
         help="named as for learn_model.py; :ROWS trains on so many rows only, and validates and tests as without",
     )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="train with so many seeds (default: 5)")
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="train with the seeds 0 to N - 1 (default: 5)"
+        "--first_seed", type=int, default=0, metavar="SEED", help="the first one; the others follow it (default: 0)"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where cells and report go, such as reports/NAME"
@@ -222,6 +224,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
     for flag, value, lowest, highest in (
         ("--seeds", args.seeds, 1, TRIAL_SEED),
+        ("--first_seed", args.first_seed, 0, TRIAL_SEED - args.seeds),
         ("--threads", args.threads, 1, 1024),
         *(("--split_seeds", seed, 0, 2**32 - 1) for seed in args.split_seeds),
     ):
@@ -285,8 +288,8 @@ def plan_text(grid: Grid, trials: int) -> str:
     ]
     lines += [
         f"{len(grid)} cells ({len(grid.arms)} arms x {len(grid.datasets)} datasets x {len(grid.split_seeds)} splits x "
-        f"{grid.seeds} seeds) and {trials} trials that choose learning rates and horizons; what is finished is not run "
-        "again, and the first ones tell how long the rest takes"
+        f"{len(grid.seeds)} seeds) and {trials} trials that choose learning rates and horizons; what is finished is not "
+        "run again, and the first ones tell how long the rest takes"
     ]
     return "\n".join(lines)
 

@@ -278,8 +278,10 @@ def uncertainty_table(uncertainties: Mapping[str, Sequence[Uncertainty]]) -> pd.
         - units: ``normalised`` or ``raw``;
         - spearman, pearson: rank and linear correlation of measure and error;
         - auroc_worst: AUROC of finding the worst tenth of errors;
+        - auroc_told: AUROC of telling these rows from the test rows; nan of the test rows themselves;
         - risk_reduction: 1 if ordered like the error itself, 0 if at random.
     """
+    on_test = {of_test.units: of_test.measures for of_test in uncertainties["test"]}
     return pd.DataFrame(
         [
             {
@@ -289,6 +291,7 @@ def uncertainty_table(uncertainties: Mapping[str, Sequence[Uncertainty]]) -> pd.
                 "spearman": metrics.spearman(values, uncertainty.error),
                 "pearson": metrics.pearson(values, uncertainty.error),
                 "auroc_worst": metrics.auroc_of_worst(values, uncertainty.error),
+                "auroc_told": np.nan if rows == "test" else metrics.auroc(values, on_test[uncertainty.units][measure]),
                 "risk_reduction": metrics.risk_reduction(values, uncertainty.error),
             }
             for rows, of_rows in uncertainties.items()

@@ -34,7 +34,7 @@ class Grid:
     Attributes:
         arms: Configurations by name; the study replaces their seeds and learning rates by those of each cell.
         datasets: Names of the datasets, as they were given.
-        seeds: How many seeds there are, 0 to ``seeds - 1``.
+        seeds: Seeds of the trainings.
         split_seeds: Seeds of splits by trajectories; every seed trains on every split. Trials have the first one.
         device: Where to compute.
         threads: Threads of every cell.
@@ -43,14 +43,14 @@ class Grid:
 
     arms: Arms
     datasets: Sequence[str]
-    seeds: int
+    seeds: Sequence[int]
     split_seeds: Sequence[int]
     device: str
     threads: int
     simulator: bool = False
 
     def __len__(self) -> int:
-        return len(self.arms) * len(self.datasets) * len(self.split_seeds) * self.seeds
+        return len(self.arms) * len(self.datasets) * len(self.split_seeds) * len(self.seeds)
 
     def trials(self, rates: Sequence[float]) -> list[Cell]:
         """Lists the first trials: every arm with every candidate on every dataset; with none each arm has its own."""
@@ -73,7 +73,7 @@ class Grid:
         """
         return [
             self._cell(arm, dataset, seed, split_seed, rates[arm, short_name(dataset)], is_trial=False)
-            for seed in range(self.seeds)
+            for seed in self.seeds
             for split_seed in self.split_seeds
             for dataset in self.datasets
             for arm in self.arms

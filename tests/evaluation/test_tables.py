@@ -150,6 +150,11 @@ def test_every_measure_is_scored_in_both_units(uncertain_ensemble):
         values = of.measures["total_std"]
         assert row.spearman == metrics.spearman(values, of.error)
         assert row.auroc_worst == metrics.auroc_of_worst(values, of.error)
+    told = table.set_index(["rows", "measure", "units"]).auroc_told
+    assert told["test"].isna().all()
+    for units, (near, far) in zip(("normalised", "raw"), zip(found, other, strict=True), strict=True):
+        expected = metrics.auroc(far.measures["total_std"], near.measures["total_std"])
+        assert told["other", "total_std", units] == expected > 0.8
 
 
 def test_risk_coverage_curves_end_at_the_mean_error(uncertain_ensemble):

@@ -13,18 +13,18 @@ ARMS = {"a": LearnConfig(fit_lr=0.01), "b": LearnConfig(fit_lr=0.02, probabilist
 @pytest.fixture
 def grid():
     """Two arms, two datasets, two seeds."""
-    return Grid(ARMS, ["x", "data/y.hdf5"], seeds=2, split_seeds=[5], device="cpu", threads=1)
+    return Grid(ARMS, ["x", "data/y.hdf5"], seeds=[7, 8], split_seeds=[5], device="cpu", threads=1)
 
 
 def test_cells_come_seed_by_seed_with_the_rates_of_their_arms_and_datasets(grid):
     cells = grid.cells({("a", "x"): 0.1, ("a", "y"): 0.2, ("b", "x"): 0.3, ("b", "y"): 0.4})
     assert len(cells) == len(grid) == 8
     assert [tuple(cell.key) for cell in cells[:5]] == [
-        ("a", "x", 0, 5),
-        ("b", "x", 0, 5),
-        ("a", "y", 0, 5),
-        ("b", "y", 0, 5),
-        ("a", "x", 1, 5),
+        ("a", "x", 7, 5),
+        ("b", "x", 7, 5),
+        ("a", "y", 7, 5),
+        ("b", "y", 7, 5),
+        ("a", "x", 8, 5),
     ]
     rates = {(cell.arm, cell.key.dataset, cell.config.fit_lr) for cell in cells}
     assert rates == {("a", "x", 0.1), ("a", "y", 0.2), ("b", "x", 0.3), ("b", "y", 0.4)}
@@ -33,10 +33,10 @@ def test_cells_come_seed_by_seed_with_the_rates_of_their_arms_and_datasets(grid)
 
 
 def test_every_seed_trains_on_every_split():
-    grid = Grid(ARMS, ["x"], seeds=2, split_seeds=[5, 9], device="cpu", threads=1, simulator=True)
+    grid = Grid(ARMS, ["x"], seeds=[7, 8], split_seeds=[5, 9], device="cpu", threads=1, simulator=True)
     cells = grid.cells({("a", "x"): 0.1, ("b", "x"): 0.1})
     assert len(cells) == len(grid) == 8
-    assert {(cell.key.seed, cell.key.split) for cell in cells} == {(0, 5), (0, 9), (1, 5), (1, 9)}
+    assert {(cell.key.seed, cell.key.split) for cell in cells} == {(7, 5), (7, 9), (8, 5), (8, 9)}
     assert all(cell.simulator for cell in cells)
     assert {(trial.config.split_seed, trial.simulator) for trial in grid.trials([0.1])} == {(5, False)}
 

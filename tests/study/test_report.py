@@ -22,7 +22,7 @@ TUNING = Tuning(
 @pytest.fixture
 def grid():
     """Two arms on the dataset ``one`` with four seeds."""
-    return Grid(ARMS, ["data/one.hdf5"], seeds=4, split_seeds=[0], device="cpu", threads=2)
+    return Grid(ARMS, ["data/one.hdf5"], seeds=range(4), split_seeds=[0], device="cpu", threads=2)
 
 
 def paired_rows():

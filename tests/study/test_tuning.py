@@ -17,7 +17,7 @@ ARMS = {"a": LearnConfig(), "b": LearnConfig()}
 @pytest.fixture
 def run(tmp_path, make_result):
     """Returns a function that makes up trials of a grid, from members' errors by arm and rate; None is a failure."""
-    grid, store = Grid(ARMS, ["x"], seeds=1, split_seeds=[0], device="cpu", threads=1), CellStore(tmp_path)
+    grid, store = Grid(ARMS, ["x"], seeds=[0], split_seeds=[0], device="cpu", threads=1), CellStore(tmp_path)
 
     def make(errors):
         trials = []
