@@ -192,6 +192,7 @@ def test_wrong_type_says_what_was_given_and_what_is_expected(empty_file, written
         ({"seed": -1}, "seed is -1; expected a whole number from 0 to 2^32 - 1"),
         ({"split_seed": 2**32}, "split_seed is 4294967296; expected a whole number from 0 to 2^32 - 1"),
         ({"grad_clip": 0}, "grad_clip is 0.0; expected null or a positive number"),
+        ({"huber_width": 0}, "huber_width is 0.0; expected null or a positive number"),
         ({"weight_decay": -1e-4}, "weight_decay is -0.0001; expected no negative number"),
         ({"weight_decay": [0, 0, 0, 0, -1]}, "expected no negative number"),
         ({"weight_decay": [1e-4, 1e-4]}, "one for each of the 5 layers (hidden layers and output)"),

@@ -1,10 +1,10 @@
-"""deterministic_model: a point prediction, trained on the mean squared error of the normalised change."""
+"""deterministic_model: a point prediction, trained on squared error of the normalised change or on Huber's loss."""
 
 import numpy as np
 import pytest
 import torch
 
-from deterministic_model import DeterministicEnsemble, DeterministicModel
+from deterministic_model import DeterministicEnsemble, DeterministicModel, point_error
 from dynamics_model import DynamicsEnsemble
 
 
@@ -59,6 +59,29 @@ def test_loss_is_the_same_all_through_training(constant_member):
     ensemble = constant_member(DeterministicModel, [1.0, 2.0]).network
     rows = torch.zeros(1, 2, 3), torch.ones(1, 2, 2)
     assert ensemble.losses(*rows, 0.0)[0].item() == ensemble.losses(*rows, 0.9)[0].item() == 0.5
+
+
+def test_hubers_loss_is_squared_error_within_its_width_and_grows_in_proportion_beyond():
+    errors = torch.tensor([0.0, 0.3, -0.5, 1.5, -4.0], requires_grad=True)
+
+    loss = point_error(errors, torch.zeros(5), huber_width=0.5)
+    loss.sum().backward()
+
+    # Within: e^2 with slope 2e. Beyond: 2 * 0.5 * |e| - 0.25 with slope 1.
+    assert loss.tolist() == pytest.approx([0, 0.09, 0.25, 1.25, 3.75])
+    assert errors.grad.tolist() == pytest.approx([0, 0.6, -1, 1, -1])
+    assert point_error(errors, torch.zeros(5), None).tolist() == pytest.approx([0, 0.09, 0.25, 2.25, 16])
+
+
+def test_objective_is_hubers_loss_and_what_is_reported_is_squared_error(constant_member):
+    # Errors of (0, 2) and (-2, 0): squared 4, 4; Huber's loss of width 0.5 is 2 * 0.5 * 2 - 0.25 = 1.75, twice.
+    ensemble = constant_member(DeterministicModel, [1.0, 2.0]).network
+    objective, reported = ensemble.losses(
+        torch.zeros(1, 2, 3), torch.tensor([[[1.0, 0.0], [3.0, 2.0]]]), huber_width=0.5
+    )
+
+    assert objective.item() == pytest.approx(2 * 1.75 / 4)
+    assert reported.item() == 2.0 and not reported.requires_grad
 
 
 # --- What stands for a distribution ---

@@ -1,9 +1,10 @@
-"""A new kind of ensemble is one file and one entry in the list of kinds: Student-t members, end to end."""
+"""Kinds end to end: a new one is one file and one entry in the list, and those that are there evaluate alike."""
 
 import json
 import sys
 
 import pytest
+import torch
 
 import dynamics_model
 import evaluate_model
@@ -102,8 +103,26 @@ def test_a_new_kind_trains_pickles_loads_evaluates_and_rolls_out(student_t, tmp_
     assert {"nll_mixture", "error_tsinf_5", "auroc_worst_max_aleatoric"} <= facts["metrics"].keys()
 
 
+@pytest.mark.parametrize("kind", ["faithful", "posthoc"])
+def test_kinds_with_a_mean_apart_train_by_a_file_and_evaluate_as_distributions(kind, workplace):
+    (workplace / "arm.yaml").write_text(f"kind: {kind}\nfit_epochs: 3\nhidden_size: [32]\nensemble_size: 2\n")
+    shares = ["--holdout_ratio", "0.2", "--test_ratio", "0.2", "--run_name", "apart", "--quiet"]
+    assert learn_model.main(["--dataset", "hopper-medium-demo", "--config", "arm.yaml", *shares]) == 0
+
+    ensemble = dynamics_model.load_ensemble("model.pkl")
+    assert (ensemble.kind, ensemble.metadata["kind"]) == (kind, kind)
+    assert all(member["nll"] < 1.5 for member in ensemble.metadata["scores"]), "of a variance that has learned"
+    states, actions = ensemble.input_shift[:11].expand(40, 11), ensemble.input_shift[11:].expand(40, 5, 3)
+    assert not torch.equal(*(ensemble.rollout(states, actions, "ts1") for _ in range(2))), "states are drawn"
+
+    arguments = ["--dataset", "hopper-medium-demo", "--horizons", "1", "5", "--max_starts", "20", "--quiet"]
+    assert evaluate_model.main(["--model", "model.pkl", *arguments, "--output", "report"]) == 0
+    metrics = json.loads((workplace / "report" / "metrics.json").read_text())["metrics"]
+    assert metrics["nrmse"] < metrics["nrmse_no_change"]
+    assert {"nll_mixture", "error_tsinf_5", "auroc_worst_max_aleatoric"} <= metrics.keys()
+
+
 def test_likelihood_and_draws_of_the_new_kind_are_its_own(student_t, unit_normalisation):
-    import torch
     from scipy import stats
 
     kind = dynamics_model.member_class("student_t")

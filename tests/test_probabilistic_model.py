@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from config import LearnConfig
+from deterministic_model import DeterministicModel
 from dynamics_model import Architecture, DynamicsEnsemble
-from probabilistic_model import ProbabilisticEnsemble, ProbabilisticModel
+from probabilistic_model import (
+    FaithfulEnsemble,
+    FaithfulModel,
+    PosthocEnsemble,
+    PosthocModel,
+    ProbabilisticEnsemble,
+    ProbabilisticModel,
+)
 
 # --- Prediction in raw units ---
 
@@ -285,10 +293,90 @@ def test_shares_of_variances_at_the_bounds_by_hand(constant_member):
     assert shares["at_min"].tolist() == [2 / 8]
 
 
+# --- Kinds whose mean the likelihood has no say in ---
+
+
+@pytest.fixture(params=[FaithfulModel, PosthocModel], ids=["faithful", "posthoc"])
+def apart(request, random_member):
+    """A member of each such kind as an ensemble that can learn, with some rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 20, 5, generator=generator), torch.randn(1, 20, 3, generator=generator)
+    return random_member(request.param).network.requires_grad_(True), *rows
+
+
+def gradients(ensemble, objective):
+    """Gradients of an objective by parameter, zeros where there are none."""
+    names, parameters = zip(*ensemble.named_parameters(), strict=True)
+    found = torch.autograd.grad(objective.sum(), parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("huber_width", [None, 0.1])
+def test_gradients_of_the_mean_are_those_of_a_deterministic_member(apart, huber_width, random_member):
+    ensemble, *rows = apart
+    point = random_member(DeterministicModel).network.requires_grad_(True)
+
+    found = gradients(ensemble, ensemble.losses(*rows, huber_width=huber_width)[0])
+
+    expected = gradients(point, point.losses(*rows, huber_width=huber_width)[0])
+    assert {name for name in found if name.startswith("dynamics.")} == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(point.get_parameter(name), ensemble.get_parameter(name)), "both start alike"
+        assert torch.equal(found[name], gradient) and gradient.any(), name
+
+
+def test_variance_learns_from_the_likelihood_of_residuals_that_stand_still(apart):
+    ensemble, inputs, targets = apart
+    learn = ensemble.losses if isinstance(ensemble, FaithfulEnsemble) else ensemble.holdout_losses
+
+    objective, reported = learn(inputs, targets)
+
+    mean, log_variance = ensemble.predict_change(inputs)
+    likelihood = ((mean.detach() - targets).square() / log_variance.exp() + log_variance).mean()
+    assert reported.item() == pytest.approx(likelihood.item(), rel=1e-5) and not reported.requires_grad
+    bounds = 0.01 * (ensemble.max_logvar - ensemble.min_logvar).sum()
+    found, expected = gradients(ensemble, objective), gradients(ensemble, likelihood + bounds)
+    for name in found:
+        if not name.startswith("dynamics."):
+            torch.testing.assert_close(found[name], expected[name])
+            assert found[name].any(), name
+
+
+def test_second_phase_is_none_of_the_means_business(random_member):
+    ensemble = random_member(PosthocModel).network.requires_grad_(True)
+    rows = torch.randn(1, 20, 5), torch.randn(1, 20, 3)
+
+    second, first = (gradients(ensemble, losses(*rows)[0]) for losses in (ensemble.holdout_losses, ensemble.losses))
+
+    for name in second:
+        assert second[name].any() != first[name].any() == name.startswith("dynamics."), name
+
+
+def test_predicted_variance_is_differentiable_by_states_and_actions(apart):
+    """Only training stops gradients: planners follow them through the variance, too."""
+    ensemble, inputs, _ = apart
+    (gradient,) = torch.autograd.grad(ensemble.predict_change(inputs.requires_grad_(True))[1].sum(), inputs)
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("hidden_size", [(), (8, 6)], ids=str)
+def test_variance_has_a_head_or_a_network_of_its_own(hidden_size, random_member):
+    faithful, posthoc = (random_member(kind, hidden_size=hidden_size).network for kind in (FaithfulModel, PosthocModel))
+
+    widths = [5, *hidden_size]
+    assert [tuple(weight.shape[1:]) for weight in faithful.variance.weights] == [(widths[-1], 3)]
+    assert [weight.shape for weight in posthoc.variance.weights] == [
+        weight.shape for weight in posthoc.dynamics.weights
+    ]
+    head = random_member(ProbabilisticModel, hidden_size=hidden_size).network.dynamics.weights[-1][..., 3:]
+    assert torch.equal(faithful.variance.weights[0], head), "it starts as the second head of a probabilistic member"
+
+
 # --- The kind ---
 
 
 def test_names_that_files_and_trackers_use():
+    assert (FaithfulEnsemble.loss_name, PosthocEnsemble.loss_name) == ("gauss_loss", "mse_loss")
     assert ProbabilisticEnsemble.kind == "probabilistic"
     assert ProbabilisticEnsemble.loss_name == "gauss_loss"
     assert ProbabilisticModel.__module__ == "probabilistic_model", "pickles name it; planners have it on their path"

@@ -150,7 +150,11 @@ def test_draws_are_those_of_the_seed(linear_system):
 
 
 @pytest.mark.parametrize(
-    ("settings", "layers"), [({"ensemble_size": 10**11}, "[256, 256, 256, 256]"), ({"hidden_size": (10**10,)}, "[10")]
+    ("settings", "layers"),
+    [
+        ({"ensemble_size": 10_000, "hidden_size": (4096,) * 3}, "[4096, 4096, 4096]"),
+        ({"hidden_size": (65_536,) * 9}, "[65536, "),
+    ],
 )
 def test_ensemble_that_cannot_fit_into_memory_is_refused_before_it_is_built(settings, layers, linear_system):
     with pytest.raises(
