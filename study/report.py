@@ -117,7 +117,7 @@ def gather_facts(results: Results, grid: Grid, datasets: Datasets, command: str)
         title=f"{', '.join(grid.arms)} on {', '.join(names)}",
         lead=unclean_text(results)
         + f"{len(results)} of {len(grid)} runs ({len(grid.arms)} arms, {len(names)} datasets, {splits}"
-        f"{grid.seeds} seeds), "
+        f"{len(grid.seeds)} seeds), "
         f"{failed} of which failed; {hours:.1f} hours of training and evaluation with {grid.threads} threads.",
         command=command,
         differences=pd.DataFrame(settings, columns=["setting", *grid.arms]),
