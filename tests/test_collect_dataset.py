@@ -271,6 +271,7 @@ def test_several_policies_act_one_after_the_other_in_episodes_of_their_own(hoppe
     follows = (columns["next_observations"][:-1] == columns["observations"][1:]).all(axis=1)
     np.testing.assert_array_equal(follows, ~ends[:-1])
     assert np.abs(columns["infos/qvel"][45]).max() < 0.01, "the second begins where episodes do"
+    assert not np.array_equal(columns["observations"][45], columns["observations"][0]), "but not in the same state"
     # Episodes that were cut are not counted, not even those of the first policy.
     whole = [part.sum() for part in np.split(columns["rewards"], np.flatnonzero(ends) + 1)[:-1]]
     kept = columns["terminals"][np.flatnonzero(ends)]
@@ -365,13 +366,13 @@ def test_snapshots_are_of_the_whole_training_and_spread_over_returns(tmp_path, s
 
 def test_the_policy_between_the_closest_neighbours_goes(tmp_path, hopper):
     policy, snapshots = small_policy(hopper), Snapshots(tmp_path / "kept", count=4)
-    for step, value in enumerate([1.0, 5.0, 100.0, 50.0, 9.0, 70.0, -20.0, 200.0]):
+    for step, value in enumerate([0.0, 10.0, 100.0, 30.0, 31.0, -20.0, 200.0]):
         policy.evaluation_return = value
         snapshots.add(policy, "Hopper-v5", step)
 
-    # 5 goes, between 1 and 9; then 9, between 1 and 50; then 70, between 50 and 100; then 1, between -20 and 50.
-    assert [value for value, _ in snapshots.kept] == [-20.0, 50.0, 100.0, 200.0]
-    assert {path.name for path in (tmp_path / "kept").iterdir()} == {f"000000{step}.npz" for step in (6, 3, 2, 7)}
+    # 30 goes, as its neighbours 10 and 31 are the closest; then 0, between -20 and 10; then 10, between -20 and 31.
+    assert [value for value, _ in snapshots.kept] == [-20.0, 31.0, 100.0, 200.0]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {f"000000{step}.npz" for step in (5, 4, 2, 6)}
 
 
 def test_target_out_of_reach_keeps_the_best_policy(tmp_path, short_training, capsys):
