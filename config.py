@@ -343,7 +343,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 # --- From values to fields ---

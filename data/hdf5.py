@@ -127,6 +127,8 @@ class Group(Mapping[str, Any]):
                 value = self._group.attrs[name]
             except (TypeError, ValueError, OSError, KeyError):  # a type that NumPy has not, or a damaged one
                 continue
+            if isinstance(value, np.ndarray) and value.size == 1:
+                value = value.reshape(())[()]
             if isinstance(value, str | bytes | np.number | np.bool_):
                 found[name] = value
         return found
@@ -144,7 +146,10 @@ class Group(Mapping[str, Any]):
         return Array(entry, f"{self._path}: {key!r}", self.budget)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._group)
+        for key in self._group:
+            if not isinstance(key, str):
+                raise InputError(f"{self._path}: the name {key!r:.80} is no text in UTF-8; rename that entry")
+            yield key
 
     def __len__(self) -> int:
         return len(self._group)

@@ -21,6 +21,17 @@ from utils import InputError
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SUFFIX = ".npy"
+# What NumPy and zipfile raise: a SystemError for a text of no characters.
+FAILURES = (
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    SystemError,
+)
 
 
 def is_npz(path: Path) -> bool:
@@ -44,7 +55,7 @@ def read_npz(path: Path, wanted: Wanted) -> Recording:
             env_name = str(env_name[...]) if is_text else None
     except InputError:
         raise
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except FAILURES as error:
         raise InputError(
             f"{path} cannot be read as .npz ({' '.join(str(error).split())[:200]}); expected what np.savez writes: "
             "compare its size or checksum with the source's, and fetch it again under another name"

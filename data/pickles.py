@@ -8,7 +8,6 @@ stranger is unpickled is told in ``unpickling.py``.
 from __future__ import annotations
 
 import pickle
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,11 +18,12 @@ import numpy as np
 from data.columns import Recording, Stretch, Wanted, read_columns
 from data.limits import Budget
 from data.nested import listed
-from data.trajectories import Dataset, Finding, Part, Trajectory
+from data.trajectories import Dataset, Finding, Part, Trajectory, shown
 from data.unpickling import ArraysUnpickler
 from utils import InputError
 
-MAX_AXES, BYTES_PER_NUMBER = 4, 8  # of arrays that are written as lists in lists
+MAX_AXES, BYTES_PER_NUMBER, NUMBERS_PER_LIST = 4, 8, 8  # of arrays that are written as lists; the last is their size
+NUMERIC = (bool, int, float, np.number, np.bool_, np.ndarray, list, tuple)  # what such lists may hold
 SIMULATOR_FIELDS = {"infos/qpos": "qpos", "infos/qvel": "qvel"}  # by key: the field of Trajectory
 
 
@@ -129,7 +129,7 @@ def _with_metadata(path: Path, paths: list[dict[str, Any]], metadata: dict[str, 
         )
     env_name = metadata.get("env_name")
     if env_name is not None and not isinstance(env_name, str):
-        raise InputError(f"{path} has the env_name {reprlib.repr(env_name)}; expected a string")
+        raise InputError(f"{path} has the env_name {shown(env_name)}; expected a string")
     return PickledPaths(
         path,
         paths,
@@ -145,7 +145,7 @@ def _with_metadata(path: Path, paths: list[dict[str, Any]], metadata: dict[str, 
 
 def _plain(value: object) -> str | None:
     """Returns a plain string, also for NumPy's own kind of string: model.pkl, where it ends up, holds plain Python."""
-    return None if value is None else str(value) if isinstance(value, str) else reprlib.repr(value)
+    return None if value is None else str(value) if isinstance(value, str) else shown(value)
 
 
 def _restored(kind: type, entries: object) -> tuple[Any, ...]:
@@ -197,16 +197,17 @@ def _count(entry: list[Any] | tuple[Any, ...], budget: Budget, axes: int = 1) ->
     """
     if axes > MAX_AXES:
         raise ValueError
-    total, is_numeric = 0, True
+    kinds = set(map(type, entry))
+    if kinds <= {float, int, bool}:
+        return len(entry), True
+    total, is_numeric = 0, all(issubclass(kind, NUMERIC) for kind in kinds)
     for part in entry:
         more, numeric = 1, True
         if isinstance(part, list | tuple):
             more, numeric = _count(part, budget, axes + 1)
-            more += 1
+            more += NUMBERS_PER_LIST
         elif isinstance(part, np.ndarray):
-            more, numeric = part.size + 1, part.dtype.kind in "fiub"
-        else:
-            numeric = isinstance(part, bool | int | float | np.number | np.bool_)
+            more, numeric = part.size + NUMBERS_PER_LIST, part.dtype.kind in "fiub"
         total, is_numeric = total + more, is_numeric and numeric
         if total * BYTES_PER_NUMBER > budget.left:
             budget.take(total * BYTES_PER_NUMBER, "a list of lists")

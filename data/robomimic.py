@@ -43,11 +43,11 @@ def read_robomimic(path: Path, wanted: Wanted) -> Recording:
         for name, demo in demos.items():
             if not isinstance(demo, Group) or "obs" not in demo:
                 raise InputError(
-                    f"{path}: data/{name} has no observations 'obs'; make them from its simulator states with "
+                    f"{path}: data/{name:.80} has no observations 'obs'; make them from its simulator states with "
                     "robomimic's dataset_states_to_obs.py"
                 )
         stretches = [
-            Stretch(f"{path}, data/{name}", {ours: demo[theirs] for theirs, ours in KEYS.items() if theirs in demo})
+            Stretch(f"{path}, data/{name:.80}", {ours: demo[theirs] for theirs, ours in KEYS.items() if theirs in demo})
             for name, demo in demos.items()
         ]
         columns, findings = read_columns(stretches, str(path), wanted, file.budget, stretches_are_episodes=True)

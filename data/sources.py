@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import pickle
 import re
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data import d4rl_registry, minari
 from data.columns import Recording, Wanted
 from data.episodes import find_rules
@@ -23,11 +26,12 @@ from data.formats import find_format, to_trajectories
 from data.hdf5 import is_hdf5, open_hdf5
 from data.joining import join_datasets, joint_name
 from data.pickles import open_pickle, to_paths
-from data.trajectories import Dataset, Finding
+from data.trajectories import Dataset, Finding, shown
 from utils import InputError, atomic_write, did_you_mean
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 KEYS_MARK = "::"  # between a name and the keys of nested observations
+NUMBERS = {"process_noise", "mean_return"}  # that collected files say of themselves
 
 
 def bundled_names() -> list[str]:
@@ -80,12 +84,21 @@ def load_datasets(
 
 
 def source_attributes(name: str) -> dict[str, Any]:
-    """Returns what the HDF5 file behind a name says of how it was made; nothing for other formats and silent files."""
+    """Returns what the HDF5 file behind a name says of how it was made; nothing for other formats and silent files.
+
+    Raises:
+        InputError: If a number, such as the process noise, is none or makes no sense.
+    """
     file = existing_file(name)
     if file is None or not is_hdf5(file):
         return {}
     with open_hdf5(file) as content:
-        return dict(content.attributes)
+        found = dict(content.attributes)
+    for key in NUMBERS & set(found):
+        value = found[key]
+        if not isinstance(value, np.number | np.bool_) or not math.isfinite(value):
+            raise InputError(f"{file} has the {key} {shown(value)}; expected a finite number")
+    return found
 
 
 # --- Where datasets come from ---
@@ -182,7 +195,13 @@ def _load(name: str, simulator_states: bool, quiet: bool) -> Dataset:
 def _split(name: str) -> tuple[str, tuple[str, ...]]:
     """Takes a name apart from the keys behind it."""
     base, mark, keys = name.partition(KEYS_MARK)
-    if not mark or Path(name).exists():
+    try:
+        is_path = Path(name).exists()
+        Path(base).exists()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"dataset {shown(name)} can be no name and no path ({reason}); give another") from None
+    if not mark or is_path:
         return name, ()
     chosen = tuple(filter(None, keys.split(",")))
     if not chosen:
@@ -253,10 +272,12 @@ def _load_cache(names: Sequence[str], dataset_path: Path, simulator_states: bool
     if not dataset_path.is_file():
         raise InputError(f"--dataset_path {dataset_path} is a folder or a device, expected a file; {remedy}")
     cache, name = open_pickle(dataset_path), joint_name(names)
-    if cache.dataset != name:
-        raise InputError(f"{dataset_path} holds dataset {cache.dataset!r}, asked for was {name!r}; {remedy}")
-    if cache.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", cache.sha256):
-        raise InputError(f"{dataset_path} has the sha256 {cache.sha256!r}; expected 64 hexadecimal digits; {remedy}")
+    if not isinstance(cache.dataset, str) or cache.dataset != name:
+        raise InputError(f"{dataset_path} holds dataset {shown(cache.dataset)}, asked for was {name!r}; {remedy}")
+    for sha256 in (cache.sha256, *(part.sha256 for part in cache.parts)):
+        if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+            held = shown(sha256)
+            raise InputError(f"{dataset_path} has the sha256 {held}; expected 64 hexadecimal digits; {remedy}")
     made_of = [part.sha256 for part in cache.parts] or [cache.sha256]
     if len(made_of) != len(names):
         raise InputError(f"{dataset_path} was made of {len(made_of)} datasets, asked for were {len(names)}; {remedy}")
@@ -267,9 +288,14 @@ def _load_cache(names: Sequence[str], dataset_path: Path, simulator_states: bool
                 f"{dataset_path} was made of another {part!r} (sha256 {sha256:.12}) than {source} is now "
                 f"({found:.12}); {remedy}"
             )
+    if cache.parts and [part.name for part in cache.parts] != list(names):
+        raise InputError(f"{dataset_path} was made of other datasets than {name!r}; {remedy}")
     recording = cache.read(Wanted(simulator_states))
     trajectories, findings = to_trajectories(recording, str(dataset_path))
-    return Dataset(name, cache.env_name, cache.sha256 or _sha256(dataset_path), trajectories, findings, cache.parts)
+    counts = [part.num_trajectories for part in cache.parts]
+    if cache.parts and (min(counts) < 0 or sum(counts) != len(trajectories)):
+        raise InputError(f"{dataset_path} has parts of other trajectories than its {len(trajectories)}; {remedy}")
+    return Dataset(name, recording.env_name, cache.sha256 or _sha256(dataset_path), trajectories, findings, cache.parts)
 
 
 def _write_cache(dataset: Dataset, dataset_path: Path) -> None:

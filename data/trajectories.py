@@ -7,6 +7,7 @@ action taken in it and, where the file has them, the reward for it and the state
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,18 @@ import numpy as np
 def printable(text: str) -> str:
     """Returns a text with what is not printable escaped, such as control characters and lone surrogates."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """Returns a value of any kind and size as it can stand in a message."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number of too many digits
+        return f"a {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 80
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class ArraysUnpickler(pickle._Unpickler):
             ("builtins", "complex"): _complex,
             ("collections", "OrderedDict"): self._ordered,
         }
+        module = "builtins" if module == "__builtin__" else module  # as Python 2 calls it
         if (module, name) not in names:
             raise pickle.UnpicklingError(f"it names {module}.{name}, only NumPy arrays and plain Python are read")
         return names[module, name]
