@@ -25,6 +25,7 @@ h5py = pytest.importorskip("h5py")
 KEYS = {"observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "infos/qpos", "infos/qvel"}
 DATA = Path(__file__).parent.parent / "data"
 BUNDLED = {
+    "walker2d-medium-demo": ("Walker2d-v5", KEYS - {"next_observations"}),
     "hopper-hidden-demo": ("Hopper-v5", KEYS),
     "hopper-replay-demo": ("Hopper-v5", KEYS),
     "hopper-medium-demo": ("Hopper-v5", KEYS),
