@@ -83,7 +83,7 @@ reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
 # Datasets that do not come with the repository: what confirms the study, with other seeds and policies than the bundled
 # ones, and what is large. The same packages make the same bytes, on any processor with AVX2.
 COLLECTED := hopper-medium-b hopper-random-b hopper-medium-noisy-b hopper-replay-b hopper-hidden-b \
-	walker2d-medium-b
+	walker2d-medium-b halfcheetah-medium-b
 collected: $(COLLECTED:%=data/collected/%.hdf5)
 
 MEDIUM_HOPPER := --env Hopper-v5 --policy data/policies/hopper/0105000.npz
@@ -94,6 +94,7 @@ data/collected/hopper-replay-b.hdf5: COLLECT = --env Hopper-v5 --seed 2 \
 	--policy $(patsubst %,data/policies/hopper/0%000.npz,010 045 070 090 100 110)
 data/collected/hopper-hidden-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 4 --hide_velocities
 data/collected/walker2d-medium-b.hdf5: COLLECT = --env Walker2d-v5 --policy data/policies/walker2d/0155000.npz --seed 2
+data/collected/halfcheetah-medium-b.hdf5: COLLECT = --env HalfCheetah-v5 --policy data/policies/halfcheetah/0075000.npz --seed 2
 
 data/collected/%.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py $(COLLECT) --steps 50000 --output $@
