@@ -194,7 +194,7 @@ def test_training_ends_when_all_members_have_lost_patience(linear_system, train)
 
 
 def test_training_of_which_no_member_had_a_finite_error_fails(linear_system, train):
-    config = small_config(DeterministicModel, fit_lr=1e30, scheduler=None)
+    config = small_config(DeterministicModel, fit_lr=1e9, scheduler=None)
     with pytest.raises(FloatingPointError, match="every member diverged"):
         train(config, linear_system(100), linear_system(50))
 
