@@ -132,13 +132,14 @@ def learn(args: argparse.Namespace, signals: list[int]) -> int:
 
             scores = score_members(ensemble, train, holdout)
             elites = rank_elites(scores, config.num_elites)
+            run.update(mlflow_run_id=tracker.run_id)  # a server may have answered since
             metadata = build_metadata(config, ensemble, transitions, division, findings, scores, elites, run)
             with atomic_write(args.output) as file:
                 pickle.dump((ensemble.members(), metadata), file)
-            curves = plot_learning_curves(run.metrics_csv, run.path / "learning_curves.png")
+            plot_learning_curves(run.metrics_csv, run.learning_curves)
             summary = Summary(mean_scores(scores), scores, elites, failed_members(scores))
-            tracker.finish(summary, [run.config_yaml, run.metrics_csv, run.audit_md, curves, args.output])
-        run.finish(RunOutcome(str(args.output), scores, elites, summary.failed))
+            tracker.finish(summary, [*run.artifacts, args.output])
+        run.finish(RunOutcome(str(args.output.absolute()), scores, elites, summary.failed))
     except FloatingPointError as error:
         print(f"error: {error}; its metrics are in {run.metrics_csv}", file=sys.stderr)
         return 1
@@ -389,34 +390,25 @@ def open_trackers(
 ) -> Tracker:
     """Opens CSV, MLflow and the progress bar; those of a resumed run go on from its checkpoint."""
     from tracking.csv_tracker import CsvTracker
-    from tracking.mlflow_tracker import DatasetInfo, MlflowTracker
+    from tracking.run_folder import RunShown
+    from tracking.run_tracker import open_run_tracker
     from tracking.trackers import ProgressTracker, Trackers
     from training.scores import metric_columns
 
-    request = run.record.request
-    held_out_by = ("holdout_ratio", "holdout_samples", "holdout_blocks", "holdout_dataset", "test_ratio")
     epochs = None if checkpoint is None else checkpoint["epochs"]
+    tags = {"kind": ensemble.kind, "audit": ", ".join(f"{each.name}: {each.count}" for each in findings)}
     try:
+        run.update(shown=RunShown(tags, dataset.num_rows, len(dataset.trajectories), len(ensemble)))
         csv_tracker = CsvTracker(run.metrics_csv, metric_columns(ensemble), resume_epoch=epochs)
-        mlflow_tracker = MlflowTracker(
-            run_name=run.name,
-            params=request.config | {name: getattr(request, name) for name in held_out_by},
-            tags={"kind": ensemble.kind, "audit": ", ".join(f"{each.name}: {each.count}" for each in findings)},
-            dataset=DatasetInfo(dataset.name, dataset.sha256, dataset.num_rows, len(dataset.trajectories)),
-            ensemble_size=len(ensemble),
-            resume_run_id=run.record.mlflow_run_id,
-            resume_rows=csv_tracker.kept_rows,
-        )
-    except InputError:
+        mlflow_tracker = open_run_tracker(run, csv_tracker.kept_rows)
+        run.update(mlflow_run_id=mlflow_tracker.run_id)
+    except (InputError, OSError) as error:
         if checkpoint is None:
             run.discard()
-        raise
-    try:
-        run.update(mlflow_run_id=mlflow_tracker.run_id)
-    except OSError as error:
-        mlflow_tracker.close(failed=True)
-        raise InputError(f"run {run.name!r} cannot be written ({error.strerror}); free space") from None
-    progress = ProgressTracker(request.config["fit_epochs"], epochs or 0, args.quiet)
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the folder {run.path} cannot be written ({error.strerror}); free space") from None
+    progress = ProgressTracker(run.record.request.config["fit_epochs"], epochs or 0, args.quiet)
     return Trackers([csv_tracker, mlflow_tracker, progress])
 
 

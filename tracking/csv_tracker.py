@@ -88,7 +88,7 @@ class CsvTracker(Tracker):
                     f"cannot resume the CSV {str(self._path)!r}: its columns are {reprlib.repr(header)}, this run's "
                     f"are {self._columns}; give the interrupted run's own file, or start anew without --resume"
                 )
-            epochs = self._parse(body)[:count]
+            epochs = _parse(header, body)[:count]
         except (ValueError, csv.Error) as error:
             if isinstance(error, InputError):
                 raise
@@ -99,29 +99,6 @@ class CsvTracker(Tracker):
         if len(epochs) < count:
             warn(f"the CSV {str(self._path)!r} holds {len(epochs)} of the {count} epochs that are resumed")
         return list(itertools.chain.from_iterable(epochs))
-
-    def _parse(self, body: list[list[str]]) -> list[list[Row]]:
-        """Returns the rows of each epoch.
-
-        Raises:
-            ValueError: If they are not what ``log_epoch`` has written: one row per member, epoch after epoch.
-        """
-        parse = {"step": int, "model_id": int}
-        rows = [
-            {
-                name: parse.get(name, float)(cell) if cell else None
-                for name, cell in zip(self._columns, cells, strict=True)
-            }
-            for cells in body
-        ]
-        epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])]
-        for number, epoch in enumerate(epochs):
-            if epoch[0]["step"] != epochs[0][0]["step"] + number:
-                raise ValueError(f"epoch {epoch[0]['step']} is out of turn")
-            is_last_and_cut = number == len(epochs) - 1 and len(epoch) < len(epochs[0])
-            if not is_last_and_cut and [row["model_id"] for row in epoch] != list(range(len(epochs[0]))):
-                raise ValueError(f"epoch {epoch[0]['step']} has rows of other members")
-        return epochs
 
     def _format(self, rows: Iterable[dict[str, Any]]) -> bytes:
         """Returns the lines of the rows. Floats are written with all their digits: reading gives the same bits."""
@@ -149,3 +126,37 @@ class CsvTracker(Tracker):
             self._written_size += len(self._unwritten)
             self._unwritten = b""
             self._error = None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a run's CSV.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        header, *body = csv.reader(read_file(path).decode().splitlines())
+        return list(itertools.chain.from_iterable(_parse(header, body)))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(f"the CSV {str(path)!r} cannot be read ({str(error)[:200]})") from None
+
+
+def _parse(columns: list[str], body: list[list[str]]) -> list[list[Row]]:
+    """Returns the rows of each epoch.
+
+    Raises:
+        ValueError: If they are not what ``log_epoch`` has written: one row per member, epoch after epoch.
+    """
+    parse = {"step": int, "model_id": int}
+    rows = [
+        {name: parse.get(name, float)(cell) if cell else None for name, cell in zip(columns, cells, strict=True)}
+        for cells in body
+    ]
+    epochs = [list(epoch) for _, epoch in itertools.groupby(rows, key=lambda row: row["step"])]
+    for number, epoch in enumerate(epochs):
+        if epoch[0]["step"] != epochs[0][0]["step"] + number:
+            raise ValueError(f"epoch {epoch[0]['step']} is out of turn")
+        is_last_and_cut = number == len(epochs) - 1 and len(epoch) < len(epochs[0])
+        if not is_last_and_cut and [row["model_id"] for row in epoch] != list(range(len(epochs[0]))):
+            raise ValueError(f"epoch {epoch[0]['step']} has rows of other members")
+    return epochs

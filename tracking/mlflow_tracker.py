@@ -15,9 +15,11 @@ import math
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +68,8 @@ class MlflowTracker(Tracker):
     Runs go to the store at ``MLFLOW_TRACKING_URI``, by default to ``mlflow.db`` and ``mlruns/`` in the current folder,
     which a bare ``mlflow ui`` shows. Once constructed, the tracker never stops training, whatever the store does:
     numbers that could not be sent are kept and sent again, at growing intervals, and a warning at the end says what is
-    still missing.
+    still missing. A server is waited for by 20 s in all, whatever it does or fails to do; at the end it is waited for
+    longer only as long as it takes something every 10 s.
 
     Args:
         run_name: Shown in the UI.
@@ -77,9 +80,11 @@ class MlflowTracker(Tracker):
         experiment: The MLflow experiment that holds the runs.
         resume_run_id: The ensemble's run of an interrupted training, which is continued.
         resume_rows: The rows of all epochs that the resumed training keeps; those that the runs lack are sent.
+        remedy: The command that sends what is missing once training has succeeded, for the warning.
 
     Attributes:
         run_id: Id of the ensemble's run; None as long as no tracking server has answered.
+        is_complete: Whether the store has everything; known after ``close``.
 
     Raises:
         InputError: If a local store cannot be used. A server that does not answer costs a warning instead: it may be
@@ -88,6 +93,7 @@ class MlflowTracker(Tracker):
 
     _SECONDS_BETWEEN_SENDS = 10.0
     _LONGEST_PAUSE = 600.0
+    _LONGEST_WAIT, _KEPT_FOR_THE_END = 20.0, 10.0  # seconds that a server may hold up a training in all
     _LONGEST_PARAM = 500  # servers before MLflow 2.8 refuse longer ones
 
     def __init__(
@@ -100,8 +106,9 @@ class MlflowTracker(Tracker):
         experiment: str = "dynamics-ensembles",
         resume_run_id: str | None = None,
         resume_rows: Iterable[Row] = (),
+        remedy: str = "",
     ):
-        self.run_id = resume_run_id
+        self.run_id, self.is_complete = resume_run_id, False
         self._uri = tracking_uri()
         self._run_name, self._experiment, self._ensemble_size = run_name, experiment, ensemble_size
         self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
@@ -120,12 +127,16 @@ class MlflowTracker(Tracker):
         self._elites: list[int] | None = None
         self._failed: list[int] = []
         self._artifacts: list[Path] = []
+        self._remedy = remedy
         self._pause = self._SECONDS_BETWEEN_SENDS
         self._next_send = 0.0
         self._warned = False
+        self._is_server = self._uri.startswith(("http://", "https://"))
+        self._pending: Future[None] | None = None  # what a server has been asked for
+        self._patience, self._taken = self._LONGEST_WAIT, 0
         for _, rows in itertools.groupby(resume_rows, key=lambda row: row["step"]):
             self._collect(list(rows))
-        if self._uri.startswith(("http://", "https://")):
+        if self._is_server:
             self._attempt(self._send)
             return
         try:
@@ -156,14 +167,14 @@ class MlflowTracker(Tracker):
     def close(self, failed: bool = False, interrupted: bool = False) -> None:
         """Sends what is left and ends the runs; a warning says what could not be sent."""
         model = next((path for path in self._artifacts if path.suffix == ".pkl"), None)
-        self._attempt(self._send_all)
-        if model is not None and not self._artifacts:
-            self._log_model(model)
-        self._attempt(lambda: self._terminate("KILLED" if interrupted else "FAILED" if failed else "FINISHED"))
+        status = "KILLED" if interrupted else "FAILED" if failed else "FINISHED"
+        self._attempt(lambda: self._end(status, model), is_last=True)
         values = sum(map(len, self._unsent.values()))
-        if values or self._artifacts:
+        self.is_complete = not values and not self._artifacts
+        if not self.is_complete:
             files = "".join(f", {path.name}" for path in self._artifacts)
-            warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value")
+            remedy = f"; send them by: {self._remedy}" if self._remedy and self._elites is not None else ""
+            warn(f"MLflow at {self._uri} lacks {values} values{files}; the CSV has every value{remedy}")
 
     def _collect(self, rows: list[Row]) -> None:
         """Queues an epoch's numbers: each member's own and, for the ensemble's run, their mean, minimum and maximum."""
@@ -185,21 +196,50 @@ class MlflowTracker(Tracker):
             # A number may be sent twice because the first answer got lost. With its time, MLflow takes both for one.
             self._unsent[member].append((name, value, int(time.time() * 1000), step))
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Runs an action that needs the store. The first failure gives a warning, and each one a longer pause."""
+    def _attempt(self, action: Callable[[], None], is_last: bool = False) -> None:
+        """Runs an action that needs the store. The first failure gives a warning, and each one a longer pause.
+
+        What a server is asked for runs in a thread of its own, for which training waits only as long as its patience
+        lasts: servers may fail to answer in many ways. Until the thread is done, nothing else is asked for.
+        """
         start = time.monotonic()
+        if self._pending is not None:
+            self._wait(is_last)
+            if self._pending is not None:
+                return
         try:
-            action()
+            if self._is_server:
+                self._pending = _start(action)
+                self._wait(is_last)
+            else:
+                action()
+                self._pause = self._SECONDS_BETWEEN_SENDS
         except Exception as error:  # every layer below MLflow raises its own, and none may stop training
-            self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
-            if not self._warned:
-                reason = first_line(error)
-                warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
-            self._warned = True
-        else:
-            self._pause = self._SECONDS_BETWEEN_SENDS
+            self._failed_with(error)
         end = time.monotonic()
         self._next_send = end + max(self._pause, 20 * (end - start))  # a slow store takes at most 5 % of the time
+
+    def _wait(self, is_last: bool) -> None:
+        """Waits for what a server has been asked for, and takes note of how it ended, if it has."""
+        kept, taken = 0.0 if is_last else self._KEPT_FOR_THE_END, self._taken
+        while not self._pending.done() and (self._patience > kept or (is_last and taken != self._taken)):
+            start, taken = time.monotonic(), self._taken
+            with contextlib.suppress(TimeoutError):  # of the wait; an error of the action is looked at below
+                self._pending.exception(timeout=min(max(self._patience - kept, 1.0), 10.0))
+            self._patience -= time.monotonic() - start
+        if self._pending.done():
+            error, self._pending = self._pending.exception(), None
+            if error is not None:
+                self._failed_with(error)
+            else:
+                self._pause = self._SECONDS_BETWEEN_SENDS
+
+    def _failed_with(self, error: BaseException) -> None:
+        self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
+        if not self._warned:
+            reason = first_line(error)
+            warn(f"MLflow at {self._uri} does not take numbers ({reason}); training goes on and keeps trying")
+        self._warned = True
 
     def _send(self) -> None:
         """Sends the queued numbers, except those that a resumed run already has."""
@@ -207,22 +247,28 @@ class MlflowTracker(Tracker):
 
         if not self._run_ids:
             self._open_runs()
-        for member, metrics in self._unsent.items():
-            last_steps = self._last_steps[member]
-            new = [Metric(*metric) for metric in metrics if metric[3] > last_steps.get(metric[0], -1)]
+        for member, metrics in list(self._unsent.items()):
+            last_steps, count = self._last_steps[member], len(metrics)  # training goes on and adds more
+            new = [Metric(*metric) for metric in metrics[:count] if metric[3] > last_steps.get(metric[0], -1)]
             self._client.log_batch(self._run_ids[member], new)
-            metrics.clear()
+            del metrics[:count]
+            self._taken += 1
 
-    def _send_all(self) -> None:
-        """Sends the queued numbers, the elites and the artifacts."""
-        self._send()
-        if self._elites is not None:
-            self._client.set_tag(self.run_id, "elites", ",".join(map(str, self._elites)))
-        if self._failed:
-            self._client.set_tag(self.run_id, "failed", ",".join(map(str, self._failed)))
-        while self._artifacts:
-            self._client.log_artifact(self.run_id, str(self._artifacts[0]))
-            del self._artifacts[0]
+    def _end(self, status: str, model: Path | None) -> None:
+        """Sends what is left, the elites, the artifacts and the model, and ends the runs."""
+        try:
+            self._send()
+            for name, members in (("elites", self._elites), ("failed", self._failed)):
+                if members:
+                    self._client.set_tag(self.run_id, name, ",".join(map(str, members)))
+            while self._artifacts:
+                self._client.log_artifact(self.run_id, str(self._artifacts[0]))
+                del self._artifacts[0]
+                self._taken += 1
+            if model is not None:
+                self._log_model(model)
+        finally:
+            self._terminate(status)
 
     def _log_model(self, path: Path) -> None:
         """Logs ``model.pkl`` as an MLflow model, too, which the run has as its output; a warning says if that fails."""
@@ -232,7 +278,10 @@ class MlflowTracker(Tracker):
 
         client, model_id = self._client, None
         try:
-            experiment_id = client.get_run(self.run_id).info.experiment_id
+            run = client.get_run(self.run_id)
+            if run.outputs is not None and run.outputs.model_outputs:
+                return  # it was sent before
+            experiment_id = run.info.experiment_id
             model_id = client.create_logged_model(experiment_id, "model", self.run_id, self._tags).model_id
             with tempfile.TemporaryDirectory() as folder:
                 save_mlflow_model(path, Path(folder) / "model", self.run_id, model_id)
@@ -294,6 +343,20 @@ class MlflowTracker(Tracker):
         # Logging a dataset of the same name and digest again changes nothing.
         client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         return parent
+
+
+def _start(action: Callable[[], None]) -> Future[None]:
+    """Runs an action in a thread that ends with the program at the latest."""
+    future: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except Exception as error:  # whoever waits for it gets it
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="mlflow", daemon=True).start()
+    return future
 
 
 def load_run(run_id: str, device: str = "cpu") -> DynamicsEnsemble:

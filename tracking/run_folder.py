@@ -107,6 +107,23 @@ class RunOutcome:
 
 
 @dataclass(frozen=True)
+class RunShown:
+    """What MLflow shows of a run beside its request and its numbers.
+
+    Attributes:
+        tags: What to find the run by, such as the kind of ensemble.
+        rows: Number of transitions of the dataset.
+        trajectories: Number of its trajectories.
+        members: Number of members.
+    """
+
+    tags: dict[str, str]
+    rows: int
+    trajectories: int
+    members: int
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Contents of ``run.json``.
 
@@ -118,6 +135,7 @@ class RunRecord:
         mlflow_run_id: Id of the ensemble's MLflow run; None where no store has answered yet.
         products: How training multiplies, as in the configuration; None before that was chosen.
         finished: Its results; None until it has succeeded.
+        shown: What MLflow shows beside this; None before the run has begun to train.
     """
 
     request: RunRequest
@@ -127,6 +145,7 @@ class RunRecord:
     mlflow_run_id: str | None = None
     products: str | None = None
     finished: RunOutcome | None = None
+    shown: RunShown | None = None
 
     def __post_init__(self) -> None:
         """Checks what goes to the system or to MLflow, where anything might happen to it.
@@ -237,6 +256,23 @@ class RunFolder:
                 raise InputError(_why_not(name, record.request, request))
         return None
 
+    @classmethod
+    def open_finished(cls, path: Path) -> RunFolder:
+        """Opens the folder of a run that has finished.
+
+        Raises:
+            InputError: If it is none.
+        """
+        try:
+            record = _read_record(path / "run.json", {})
+        except FileNotFoundError:
+            raise InputError(f"{path} is no folder of a run: it has no run.json; give logs/NAME") from None
+        if record.finished is None or record.shown is None:
+            raise InputError(f"run {path.name!r} has not finished; learn_model.py --resume goes on with it")
+        if not len(set(record.finished.failed)) < len(record.finished.scores) == record.shown.members:
+            raise InputError(f"{path / 'run.json'} is damaged: it has scores of other members")
+        return cls(path.absolute(), record)
+
     @property
     def name(self) -> str:
         """Name of the run."""
@@ -256,6 +292,16 @@ class RunFolder:
     def audit_md(self) -> Path:
         """Path of what was found about its dataset."""
         return self.path / "audit.md"
+
+    @property
+    def artifacts(self) -> list[Path]:
+        """Paths of the files that MLflow keeps with the run, beside the model."""
+        return [self.config_yaml, self.metrics_csv, self.audit_md, self.learning_curves]
+
+    @property
+    def learning_curves(self) -> Path:
+        """Path of the picture of its metrics."""
+        return self.path / "learning_curves.png"
 
     def hold(self, config_yaml: str, audit_md: str) -> None:
         """Locks the folder for this process until it ends, and writes its first files: these two and ``run.json``.

@@ -46,7 +46,13 @@ class Summary:
 
 
 class Tracker:
-    """The methods that all trackers share. They do nothing here, so a plain ``Tracker()`` ignores what it is given."""
+    """The methods that all trackers share. They do nothing here, so a plain ``Tracker()`` ignores what it is given.
+
+    Attributes:
+        run_id: Id under which a store keeps the numbers; None where there is none.
+    """
+
+    run_id: str | None = None
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
         """Takes the numbers of one epoch.
@@ -84,6 +90,11 @@ class Trackers(Tracker):
 
     def __init__(self, trackers: Iterable[Tracker]):
         self._trackers = list(trackers)
+
+    @property
+    def run_id(self) -> str | None:
+        """The first id that one of them has."""
+        return next((tracker.run_id for tracker in self._trackers if tracker.run_id is not None), None)
 
     def log_epoch(self, epoch: int, rows: list[Row]) -> None:
         """Hands the epoch to each tracker."""

@@ -63,7 +63,13 @@ def test_a_new_run_writes_what_was_asked_for_before_training(tmp_path):
     run = begin(tmp_path / "logs")
     written = json.loads((tmp_path / "logs" / "run" / "run.json").read_text())
     newer = {"config": REQUEST.config, "holdout_blocks": None, "holdout_dataset": None, "holdout_sha256": None}
-    changes = {"request": OLD_RECORD["request"] | newer, "findings": FINDINGS, "mlflow_run_id": None, "products": None}
+    changes = {
+        "request": OLD_RECORD["request"] | newer,
+        "findings": FINDINGS,
+        "mlflow_run_id": None,
+        "products": None,
+        "shown": None,
+    }
     assert written == OLD_RECORD | changes
     assert (run.config_yaml.read_text(), run.audit_md.read_text()) == ("seed: 0\n", "2 copies\n")
 
