@@ -36,9 +36,13 @@ def tracking_uri() -> str:
             f"{str(old)!r} was left by an older MLflow, beside which today's does not start; bring its runs over with: "
             "mlflow migrate-filestore --source . --target sqlite:///mlflow.db && rm mlruns/[0-9]*/meta.yaml"
         )
+    return _sqlite_uri(Path("mlflow.db"))
+
+
+def _sqlite_uri(path: Path) -> str:
+    """Returns the address of a SQLite store."""
     # Absolute, since MLflow caches opened stores by address; % and ? quoted, since SQLAlchemy unquotes the path.
-    path = str(Path("mlflow.db").resolve())
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+    return "sqlite:///" + str(path.resolve()).replace("%", "%25").replace("?", "%3F")
 
 
 @contextlib.contextmanager
@@ -51,8 +55,32 @@ def lock_store(uri: str) -> Iterator[None]:
 
     path = sqlite_path(uri)
     with FileLock(f"{path}.lock", timeout=60):
-        sqlite3.connect(path).close()  # an unusable path fails here at once; MLflow would retry for minutes
+        with contextlib.closing(sqlite3.connect(path)) as database:  # an unusable path fails here at once
+            is_unfinished = _is_unfinished(database)
+        if is_unfinished:
+            _make_database(path)
         yield
+
+
+def _is_unfinished(database: sqlite3.Connection) -> bool:
+    """Whether a database is empty, or is MLflow's and was left by a process that was killed while it made the tables.
+
+    The last thing that MLflow puts into a new database is its first experiment.
+    """
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not tables & {"experiments", "alembic_version"}:
+        return not tables
+    filled = [name for name in ("experiments", "runs") if name in tables]
+    return not any(database.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in filled)
+
+
+def _make_database(path: Path) -> None:
+    """Makes an empty database of MLflow, which appears whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    for leftover in (*_database_files(new), *_database_files(path)[1:]):  # a journal would be played into the new one
+        leftover.unlink(missing_ok=True)
+    open_client(_sqlite_uri(new)).search_experiments()
+    new.replace(path)
 
 
 def sqlite_path(uri: str) -> Path:
@@ -65,7 +93,11 @@ def store_files(uri: str) -> list[Path]:
     if not uri.startswith("sqlite:///"):
         return []
     path = sqlite_path(uri)
-    return [path.with_name(f"{path.name}{ending}") for ending in ("", "-journal", "-wal", "-shm", ".lock")]
+    return [*_database_files(path), path.with_name(f"{path.name}.lock")]
+
+
+def _database_files(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}{ending}") for ending in ("", "-journal", "-wal", "-shm")]
 
 
 def open_client(uri: str) -> MlflowClient:

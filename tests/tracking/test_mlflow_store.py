@@ -1,5 +1,8 @@
+import contextlib
 import re
 import shlex
+import shutil
+import sqlite3
 import subprocess
 import threading
 from pathlib import Path
@@ -115,3 +118,77 @@ def test_a_server_needs_no_lock(tmp_path, monkeypatch):
 def test_the_message_of_an_error_fits_into_a_line():
     assert first_line(OSError("no space\nleft")) == "no space"
     assert first_line(OSError("x" * 999)) == "x" * 160 + "..."
+
+
+# --- Databases that a kill has cut short ---
+
+
+def cut(path, how):
+    """Leaves a database as a process leaves it that is killed while MLflow makes it."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("DELETE FROM experiments")
+        if how == "few tables":
+            database.execute("DROP TABLE runs")
+        if how == "half migrated":
+            database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        if how == "no version":
+            database.execute("DROP TABLE alembic_version")
+    if how == "empty file":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["few tables", "half migrated", "no version", "empty file"])
+def test_a_database_that_was_cut_short_is_made_anew_as_it_holds_no_run(how, empty_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mlflow.db"
+    shutil.copy(empty_store, path)
+    cut(path, how)
+    Path("mlflow.db-journal").write_bytes(b"of the one before")
+
+    with lock_store(f"sqlite:///{path}"):
+        client = open_client(f"sqlite:///{path}")
+    assert client.create_run(find_experiment(client, "ensembles")).info.status == "RUNNING"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def test_a_database_that_holds_runs_is_left_alone_whatever_else_it_lacks(empty_store, tmp_path):
+    path = tmp_path / "mlflow.db"
+    shutil.copy(empty_store, path)
+    client = open_client(f"sqlite:///{path}")
+    client.create_run("0")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    before = path.read_bytes()
+    with lock_store(f"sqlite:///{path}"):
+        pass
+    assert path.read_bytes() == before
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE recipes (name TEXT)")
+    before = path.read_bytes()
+    with lock_store(f"sqlite:///{path}"):
+        pass
+    assert path.read_bytes() == before
+
+
+def open_store(uri):
+    with lock_store(uri):
+        open_client(uri).search_experiments()
+
+
+def test_killed_at_any_moment_while_the_database_is_made_the_next_run_makes_it(processes, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for seconds in (0.02, 0.1, 0.3, 0.6):
+        process = processes.Process(target=open_store, args=(uri,))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+    process = processes.Process(target=open_store, args=(uri,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]

@@ -63,7 +63,7 @@ def test_a_finished_run_is_sent_whole_and_only_once(finished_run, empty_store, m
 
 
 @pytest.mark.parametrize("made", ["nothing", "a file", "an empty folder", "no JSON", "an unfinished run", "no members"])
-def test_anything_else_is_refused_in_one_line(finished_run, made, capsys):
+def test_anything_else_is_refused_in_one_line(finished_run, made, capfd):
     path = Path("logs/run")
     if made == "nothing":
         path = Path("gone")
@@ -78,5 +78,5 @@ def test_anything_else_is_refused_in_one_line(finished_run, made, capsys):
         record["finished"] = None if made == "an unfinished run" else record["finished"] | {"scores": []}
         (path / "run.json").write_text(json.dumps(record))
     assert main([str(path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
