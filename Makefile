@@ -55,30 +55,31 @@ bench-headline: $(VENV)/.installed-bench
 logs/hopper-200k.hdf5: | $(VENV)/.installed-dev
 	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
 
-# What the README shows, in tiers, each with its own folder in results/; stopped at any moment, it goes on where it was.
-# Every tier runs as two processes of one thread each, which share its cells: on two cores an hour and a half for the
-# first tier and three for all. `make results` writes the numbers of finished tiers into README.md and packs the folders
-# of their cells into one file per tier, so that they can be committed; `make study` goes on from there, too.
+# The study of results/PROTOCOL.md, part by part, each with its own folder in results/; stopped at any moment, it goes on
+# where it was. Every part runs as two processes of one thread each, which share its cells: some fifty cells an hour on two
+# cores, so days for all of it. `make results` writes the numbers of what is there into README.md and packs the folders of
+# cells into one file per part, so that they can be committed; `make study` goes on from there, too.
 COMPARE = $(BIN)/python compare_models.py
-TIERS := tier1 tier2_doubled tier3_layer_norm tier4_scale
-ARMS := configs/study/dnn.yaml configs/study/pnn.yaml configs/study/pnn_beta.yaml
+ARMS := $(patsubst %,configs/study/%.yaml,dnn dnn_huber dnn_posthoc pnn pnn_beta pnn_decay faithful faithful_huber)
+MEDIUM := $(patsubst %,data/collected/%-medium-b.hdf5,hopper halfcheetah walker2d)
+FIRST = --first_seed 100 --split_seeds 100
+LARGE := data/collected/hopper-large-b.hdf5
 twice = $(COMPARE) $(1) --quiet & $(COMPARE) $(1); status=$$?; wait; exit $$status
 
-study: $(VENV)/.installed reports/hopper-medium-200k.hdf5
-	$(call twice,--configs $(ARMS) --seeds 5 --output results/tier1 \
-		--datasets hopper-medium-demo hopper-random-demo halfcheetah-medium-demo hopper-medium-noisy-demo)
-	$(call twice,--configs $(ARMS) --seeds 3 --output results/tier2_doubled --params fit_epochs=60 \
-		--datasets hopper-medium-demo halfcheetah-medium-demo --learning_rates_of results/tier1)
-	$(call twice,--configs configs/study/dnn.yaml $(ARMS:.yaml=_ln.yaml) --seeds 3 --output results/tier3_layer_norm \
-		--datasets hopper-medium-demo halfcheetah-medium-demo)
-	$(call twice,--configs $(ARMS) --seeds 3 --output results/tier4_scale \
-		--datasets reports/hopper-medium-200k.hdf5 --learning_rates_of results/tier1)
+study: $(VENV)/.installed-dev collected $(LARGE)
+	$(call twice,--configs $(ARMS) --datasets $(COLLECTED:%=data/collected/%.hdf5) --seeds 6 $(FIRST) --simulator \
+		--output results/confirmation)
+	for epochs in 10 20 40 80; do \
+		$(call twice,--configs $(ARMS) --datasets $(MEDIUM) --seeds 3 $(FIRST) --params fit_epochs=$$epochs \
+			--learning_rates_of results/confirmation --output results/budget_$$epochs) || exit $$?; done
+	$(call twice,--configs $(ARMS) --datasets $(MEDIUM) --seeds 1 $(FIRST) 101 102 \
+		--learning_rates_of results/confirmation --output results/splits)
+	$(call twice,--configs $(patsubst %,configs/study/%.yaml,dnn dnn_huber pnn pnn_beta) --seeds 3 $(FIRST) \
+		--datasets $(LARGE):5000 $(LARGE):15000 $(LARGE):50000 $(LARGE):200000 --output results/sizes)
+	$(call twice,--configs $(ARMS) --datasets $(MEDIUM) --seeds 3 $(FIRST) --params layer_norm=true --output results/layer_norm)
 
 results: $(VENV)/.installed
-	$(BIN)/python -m study.publish $(patsubst %/paired.csv,%,$(wildcard $(TIERS:%=results/%/paired.csv)))
-
-reports/hopper-medium-200k.hdf5: | $(VENV)/.installed-dev
-	$(BIN)/python collect_dataset.py --env Hopper-v5 --policy data/policies/hopper-medium.npz --steps 200000 --output $@
+	$(BIN)/python -m study.publish
 
 # Datasets that do not come with the repository: what confirms the study, with other seeds and policies than the bundled
 # ones, and what is large. The same packages make the same bytes, on any processor with AVX2.
@@ -96,8 +97,10 @@ data/collected/hopper-hidden-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 4 --hide_
 data/collected/walker2d-medium-b.hdf5: COLLECT = --env Walker2d-v5 --policy data/policies/walker2d/0155000.npz --seed 2
 data/collected/halfcheetah-medium-b.hdf5: COLLECT = --env HalfCheetah-v5 --policy data/policies/halfcheetah/0075000.npz --seed 2
 
+data/collected/hopper-large-b.hdf5: COLLECT = $(MEDIUM_HOPPER) --seed 5 --steps 340000
+
 data/collected/%.hdf5: | $(VENV)/.installed-dev
-	$(BIN)/python collect_dataset.py $(COLLECT) --steps 50000 --output $@
+	$(BIN)/python collect_dataset.py --steps 50000 $(COLLECT) --output $@
 
 clean:
 	rm -rf $(VENV)
