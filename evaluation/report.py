@@ -16,6 +16,7 @@ import pandas as pd
 from data.trajectories import Finding
 from evaluation.selection import MAX_ROWS, Model, Selection
 from evaluation.tables import LEVELS, Tables
+from reporting.escape import spreadsheet_table
 from reporting.page import Section, format_cell, html_page
 from utils import atomic_write, git_commit
 
@@ -428,7 +429,7 @@ def write_report(
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        spreadsheet_table(table).to_csv(folder / f"{name}.csv", index=False)
     for name, image in figures.items():
         (folder / f"{name}.png").write_bytes(image)
     with atomic_write(folder / "report.html", "w") as file:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
 from reporting.style import png
+from utils import atomic_write
 
 _TITLES = {
     "train_mse": "training MSE",
@@ -49,5 +50,6 @@ def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
         figure.axes[0].legend(fontsize="x-small")
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
-    figure_png.write_bytes(png(figure, dpi=120))
+    with atomic_write(figure_png) as file:
+        file.write(png(figure, dpi=120))
     return figure_png

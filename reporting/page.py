@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from reporting.escape import encodable, html_text, markdown_text
 from utils import atomic_write
 
 
@@ -72,24 +72,24 @@ def html_page(
         headings: Column names that tables show under another name.
         style: CSS to add to that of all pages.
     """
-    body = [f"<h1>{html.escape(title)}</h1>", opening]
+    body = [f"<h1>{html_text(title)}</h1>", opening]
     body += [_html_section(section, images, captions, headings) for section in sections]
-    return _PAGE.format(title=html.escape(title), style=_CSS + style, body="\n".join(body))
+    return encodable(_PAGE.format(title=html_text(title), style=_CSS + style, body="\n".join(body)))
 
 
 def _html_section(
     section: Section, images: Mapping[str, bytes], captions: Mapping[str, str], headings: Mapping[str, str]
 ) -> str:
-    parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
+    parts = [f"<section><h2>{html_text(section.title)}</h2>"]
     if section.text:
-        parts.append(f"<p>{html.escape(section.text)}</p>")
+        parts.append(f"<p>{html_text(section.text)}</p>")
     if section.figures:
         figures = "".join(_html_figure(name, images[name], captions[name]) for name in section.figures)
         parts.append(f'<div class="figures">{figures}</div>')
     for title, table in section.tables.items():
-        parts.append(f"<h3>{html.escape(title)}</h3>{html_table(table, headings)}")
+        parts.append(f"<h3>{html_text(title)}</h3>{html_table(table, headings)}")
     for title, table in section.details.items():
-        summary = f"<summary>{html.escape(title)}</summary>"
+        summary = f"<summary>{html_text(title)}</summary>"
         parts.append(f"<details>{summary}{html_table(table, headings)}</details>")
     return "".join([*parts, "</section>"])
 
@@ -97,8 +97,8 @@ def _html_section(
 def _html_figure(name: str, image: bytes, caption: str) -> str:
     data = base64.b64encode(image).decode()
     return (
-        f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figure><img alt="{html_text(name.replace("_", " "))}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html_text(caption)}</figcaption></figure>"
     )
 
 
@@ -111,10 +111,10 @@ def html_table(table: pd.DataFrame, headings: Mapping[str, str]) -> str:
     """
     names = [headings.get(name, str(name).replace("_", " ")) for name in table]
     kinds = [' class="text"' if pd.api.types.is_string_dtype(table[name]) else "" for name in table]
-    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
+    head = "".join(f"<th{kind}>{html_text(name)}</th>" for kind, name in zip(kinds, names, strict=True))
     rows = []
     for row in table.itertuples(index=False):
-        cells = (f"<td{kind}>{html.escape(format_cell(value))}</td>" for kind, value in zip(kinds, row, strict=True))
+        cells = (f"<td{kind}>{html_text(format_cell(value))}</td>" for kind, value in zip(kinds, row, strict=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -184,20 +184,20 @@ def markdown_page(title: str, opening: Iterable[str], sections: Iterable[Section
         sections: In reading order.
         captions: Text below each figure, by name.
     """
-    parts = [f"# {title}", *opening]
+    parts = [f"# {markdown_text(title)}", *opening]
     for section in sections:
-        parts += [f"## {section.title}", section.text]
+        parts += [f"## {markdown_text(section.title)}", section.text]
         parts += [markdown_figure(Path(f"{name}.png"), captions[name]) for name in section.figures]
         for name, table in section.tables.items():
-            parts += [f"**{name}**", markdown_table(table, table.itertuples(index=False))]
-    return "\n\n".join(filter(None, parts)) + "\n"
+            parts += [f"**{markdown_text(name)}**", markdown_table(table, table.itertuples(index=False))]
+    return encodable("\n\n".join(filter(None, parts)) + "\n")
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Returns a Markdown table; values that are not text yet are formatted by ``format_cell``."""
     lines = [list(header)]
     lines += [["---"] * len(lines[0]), *([format_cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
 
 
 def markdown_figure(path: Path, caption: str) -> str:
@@ -207,7 +207,7 @@ def markdown_figure(path: Path, caption: str) -> str:
 
 def markdown_details(title: str, text: str) -> str:
     """Returns Markdown that is folded away below its title."""
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+    return f"<details><summary>{html_text(title)}</summary>\n\n{text}\n\n</details>"
 
 
 def replace_section(path: str | os.PathLike[str], name: str, text: str) -> None:

@@ -9,6 +9,8 @@ import io
 
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
+from reporting.escape import plain_texts
+
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY, DARK = "#8A8F98", "#333333"
 STYLE = {
@@ -30,7 +32,11 @@ STYLE = {
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """Returns a figure as a PNG file, without the version of what drew it: the same figure is the same file."""
+    """Returns a figure as a PNG file, without the version of what drew it: the same figure is the same file.
+
+    Texts show what they say: dollars in names are no formulas.
+    """
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+    with plain_texts(figure):
+        figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
     return image.getvalue()

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data.audit import audit
+from reporting.escape import spreadsheet_table
 from reporting.page import Section, format_cell, html_page, html_table, markdown_page, markdown_table
 from study.analysis import POOLED, Tables, against_first, analyse
 from study.cells import parse_name, short_name, split_dataset, training_rows
@@ -97,7 +98,7 @@ def write_study(
 def save_table(table: pd.DataFrame, path: Path) -> Path:
     """Writes a table as CSV, to six digits, and returns its path."""
     with atomic_write(path, "w") as file:
-        table.to_csv(file, index=False, float_format="%.6g")
+        spreadsheet_table(table).to_csv(file, index=False, float_format="%.6g")
     return path
 
 

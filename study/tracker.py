@@ -10,7 +10,15 @@ from typing import Any
 
 from study.cells import FORMAT, Cell, Result, check_format
 from study.store import CellStore
-from tracking.mlflow_store import find_experiment, find_run, first_line, lock_store, open_client, tracking_uri
+from tracking.mlflow_store import (
+    find_experiment,
+    find_run,
+    first_line,
+    lock_store,
+    mlflow_text,
+    open_client,
+    tracking_uri,
+)
 from tracking.trackers import warn
 from utils import atomic_write
 
@@ -88,7 +96,7 @@ class StudyTracker:
             self._mlflow = open_client(self._uri)
             self._experiment = find_experiment(self._mlflow, "dynamics-ensembles-studies")
         if find_run(self._mlflow, self.run_id) is None:
-            self.run_id = self._mlflow.create_run(self._experiment, run_name=name).info.run_id
+            self.run_id = self._mlflow.create_run(self._experiment, run_name=mlflow_text(name)).info.run_id
             for key, value in params.items():
                 self._mlflow.log_param(self.run_id, key, str(value)[:500])
 
@@ -96,15 +104,19 @@ class StudyTracker:
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{cell.name}'"
+        children = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{mlflow_text(cell.name)}'"
         with lock_store(self._uri):  # so that only one of two processes of a study logs the cell
             if self._mlflow.search_runs([self._experiment], children, max_results=1):
                 return
             run = self._mlflow.create_run(
                 self._experiment,
                 start_time=now - int(1000 * result.record.seconds),
-                run_name=cell.name,
-                tags={"mlflow.parentRunId": self.run_id, "arm": cell.arm, "dataset": cell.dataset},
+                run_name=mlflow_text(cell.name),
+                tags={
+                    "mlflow.parentRunId": self.run_id,
+                    "arm": mlflow_text(cell.arm),
+                    "dataset": mlflow_text(cell.dataset),
+                },
             )
         params = [Param(name, str(value)) for name, value in cell.config.to_dict().items()]
         metrics = [Metric(name, value, now, 0) for name, value in result.record.outcome.metrics.items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sqlite3
 from collections.abc import Iterator
@@ -148,6 +149,17 @@ def find_run(client: MlflowClient, run_id: str | None) -> Run | None:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def mlflow_text(text: str, longest: int = 250) -> str:
+    """Returns text as MLflow takes it anywhere, in names and in searches, too: on one line, without quotes, short.
+
+    Args:
+        text: What a stranger may have named.
+        longest: Most characters; MLflow takes 250 in names.
+    """
+    encodable = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[^\S ]|['\"`\x00-\x1f\x7f]", "_", encodable)[:longest]
 
 
 def first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from tracking.mlflow_store import (
     find_run,
     first_line,
     lock_store,
+    mlflow_text,
     open_client,
     sqlite_path,
     tracking_uri,
@@ -94,6 +95,7 @@ class MlflowTracker(Tracker):
     _SECONDS_BETWEEN_SENDS = 10.0
     _LONGEST_PAUSE = 600.0
     _LONGEST_WAIT, _KEPT_FOR_THE_END = 20.0, 10.0  # seconds that a server may hold up a training in all
+    _LONGEST_TAG = 5000
     _LONGEST_PARAM = 500  # servers before MLflow 2.8 refuse longer ones
 
     def __init__(
@@ -110,12 +112,12 @@ class MlflowTracker(Tracker):
     ):
         self.run_id, self.is_complete = resume_run_id, False
         self._uri = tracking_uri()
-        self._run_name, self._experiment, self._ensemble_size = run_name, experiment, ensemble_size
-        self._params = {name: str(value)[: self._LONGEST_PARAM] for name, value in params.items()}
-        self._dataset = dataset
+        self._run_name, self._experiment, self._ensemble_size = mlflow_text(run_name), experiment, ensemble_size
+        self._params = {name: mlflow_text(str(value), self._LONGEST_PARAM) for name, value in params.items()}
+        self._dataset = dataclasses.replace(dataset, name=mlflow_text(dataset.name))
         self._tags = {
-            **tags,
-            "dataset": dataset.name,
+            **{name: mlflow_text(value, self._LONGEST_TAG) for name, value in tags.items()},
+            "dataset": self._dataset.name,
             "mlflow.source.name": Path(sys.argv[0]).name,
             "mlflow.source.git.commit": git_commit() or "unknown",
         }
@@ -406,7 +408,8 @@ def log_evaluation(run_id: str, name: str, metrics: dict[str, float], files: Ite
         if find_run(client, run_id) is None:
             raise LookupError(f"it has no run {run_id}")
         now = int(time.time() * 1000)
-        values = {re.sub(r"[^\w./ -]", "_", f"eval/{name}/{key}"): value for key, value in metrics.items()}
+        name = re.sub(r"[^\w.-]|^\.+", "_", name)[:100]  # a part of paths and of metrics' names
+        values = {re.sub(r"[^\w./ -]", "_", f"eval/{name}/{key}")[:250]: value for key, value in metrics.items()}
         client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
         for path in files:
             client.log_artifact(run_id, str(path), artifact_path=f"evaluation/{name}")

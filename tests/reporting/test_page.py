@@ -82,9 +82,9 @@ def test_an_html_page_holds_everything_itself(sections):
 def test_a_markdown_page_leaves_out_what_html_folds_away(sections):
     page = markdown_page("A < B", ["first", ""], sections, {"one_step": "A & B"})
     assert page.startswith(
-        "# A < B\n\nfirst\n\n## How <far>?\n\nSome & text.\n\n![one_step](one_step.png)\n\nA & B\n\n"
+        "# A < B\n\nfirst\n\n## How &lt;far>?\n\nSome & text.\n\n![one_step](one_step.png)\n\nA & B\n\n"
     )
-    assert "**Shown**\n\n| dataset | rmse_raw | left_range |\n| --- | --- | --- |\n| <b>& | 0.512 | 1 |" in page
+    assert "**Shown**\n\n| dataset | rmse_raw | left_range |\n| --- | --- | --- |\n| &lt;b>& | 0.512 | 1 |" in page
     assert "Folded" not in page
     assert page.endswith("\n\n## Empty\n")
 
