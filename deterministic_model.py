@@ -58,8 +58,12 @@ class DeterministicEnsemble(DynamicsEnsemble):
         return {"mse": (mean - targets).square()}
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A point is its own draw."""
+        """A point is its own draw: it differs from the mean by nothing."""
         return torch.zeros(tuple(shape))
+
+    def draw(self, mean: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
+        """As the base class draws, in less time."""
+        return mean
 
     def completion(self, residual_variances: Callable[[], Any]) -> Any:
         """The variances of members' residuals stand for those that they do not predict."""
