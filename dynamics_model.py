@@ -6,9 +6,8 @@ each (``deterministic_model.py``, ``probabilistic_model.py``) and an entry in ``
 NumPy and each other only: a repository that loads ``model.pkl`` needs nothing else.
 
 Shapes are given in words, ``...`` being any leading axes. Callers pass and get raw units; "normalised" means shifted by
-the mean and scaled by the mean absolute deviation of the training rows: of states, of actions and of the change
-``s' - s``, which is what networks predict. Dimensions whose change is constant on the training rows are no outputs:
-they are predicted as that constant and left out of every loss and score in normalised units.
+mean and scaled by mean absolute deviation of the training rows: of states, actions and the change ``s' - s``, which
+networks predict. Where it is constant in training, it is predicted as that constant and left out of losses and scores.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import io
 import math
 import os
 import pickle
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -40,6 +41,7 @@ KINDS = {
     "faithful": ("probabilistic_model", "FaithfulModel"),
     "posthoc": ("probabilistic_model", "PosthocModel"),
 }
+_STEPS = b"RdioPQ\x82\x83\x84\x8f\x90\x91\x92\x96\x97\x98"  # of pickles: calls, sets, objects of other kinds
 _PURPOSES = ("initialisation", "order", "bootstrap", "sampling", "propagation", "reward")  # the last is to initialise
 
 Array = np.ndarray | Tensor
@@ -54,15 +56,15 @@ Predict = Callable[..., tuple]  # of states, actions, ...: (ensemble, batch, dim
 def member_class(kind: str) -> type[DynamicsModel]:
     """Returns the class of the members of a kind, a key of ``KINDS``; it knows the ensemble's class."""
     module, name = KINDS[kind]
-    return getattr(importlib.import_module(module), name)
+    sys.path.insert(0, folder := str(Path(__file__).parent))  # its module lies here, whatever the current folder holds
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        sys.path.remove(folder)
 
 
 def random_stream(seed: int, member: int, purpose: str, epoch: int = 0) -> Generator:
-    """Returns the CPU random stream of one member and purpose, the same whatever else is drawn anywhere.
-
-    A member's draws depend neither on how many members there are nor on their kind, so two kinds of ensemble can be
-    compared member by member. The stream starts anew each epoch: a resumed run needs no generator's state.
-    """
+    """Returns the CPU random stream of one member, purpose and epoch, the same whatever else is drawn anywhere."""
     entropy = np.random.SeedSequence((seed, member, _PURPOSES.index(purpose), epoch))
     return Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
@@ -108,8 +110,7 @@ def stacked_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -
 class StackedMLP(nn.Module):
     """E multilayer perceptrons of equal shape, evaluated at once by batched matrix products.
 
-    Weights and biases are drawn like those of ``nn.Linear``, uniformly within ``1 / sqrt(in)``. The output layer is
-    drawn head by head, so that a network with more heads starts with the same first one.
+    Weights and biases are drawn like those of ``nn.Linear``, uniformly within ``1 / sqrt(in)``, outputs head by head.
 
     Args:
         ensemble_size, in_dim, hidden_size: Number of networks, E; inputs, and units of each hidden layer, of each.
@@ -173,19 +174,16 @@ class DynamicsEnsemble(nn.Module):
     """Members of one kind, stacked: trains, predicts for planners, samples and rolls out all of them at once.
 
     A kind is a subclass. It says how many heads its networks have, what their outputs mean (``interpret``) and what
-    they are trained on (``losses``). The defaults of the rest are those of a Gaussian with the predicted mean and
-    variance; a kind with another distribution overrides its likelihood (``nll``) and its draws (``noise``).
+    they are trained on (``losses``); one that is no Gaussian overrides its likelihood (``nll``) and draws (``noise``).
 
     Args:
         architecture, normalisation: What the members share.
         ensemble_size: Number of members, E.
-        generator, reward_generator: Where initial weights are drawn from, the reward network's apart from the kind's
-            others; None leaves them at zero, to be loaded.
+        generator, reward_generator: Where initial weights are drawn from; None leaves them at zero, to be loaded.
         seed: Seed of the ensemble's own streams, which ``sample`` and ``rollout`` draw from.
 
     Attributes:
-        holdout_idx: Held-out rows, as members have them; None when nothing was held out.
-        metadata: What ``model.pkl`` says of itself; empty unless the ensemble was loaded from there.
+        holdout_idx, metadata: Held-out rows, as members have them, or None; what ``model.pkl`` says of itself.
         elites: Indices of the members with the lowest validation errors, the best first; all members by default.
     """
 
@@ -212,14 +210,13 @@ class DynamicsEnsemble(nn.Module):
         self.architecture, self.elites, self.seed = architecture, list(range(ensemble_size)), seed
         for name in Normalisation.names():
             self.register_buffer(name, getattr(normalisation, name).clone())
-        learned = normalisation.delta_scale.nonzero().flatten()  # the state dimensions whose change varies
-        self.register_buffer("learned", learned, persistent=False)
-        self.learned_dim = len(learned)
-        self.register_buffer("floor", VARIANCE_FLOOR * (normalisation.delta_scale == 0), persistent=False)
-        self.register_buffer("delta_variance", normalisation.delta_scale.square(), persistent=False)
+        scale = normalisation.delta_scale
+        self.register_buffer("learned", scale.nonzero().flatten(), persistent=False)  # the dimensions that vary
+        self.learned_dim = len(self.learned)
+        self.register_buffer("floor", VARIANCE_FLOOR * (scale == 0), persistent=False)
+        self.register_buffer("delta_variance", scale.square(), persistent=False)
         # For each state dimension, the output that predicts it (any, where the change is constant: its scale is 0).
-        output = (normalisation.delta_scale != 0).cumsum(dim=0) - 1
-        self.register_buffer("output_of_dim", output.clamp(min=0), persistent=False)
+        self.register_buffer("output_of_dim", ((scale != 0).cumsum(dim=0) - 1).clamp(min=0), persistent=False)
         in_dim = architecture.state_dim + architecture.action_dim
         activation = (architecture.activation_fn, architecture.layer_norm)
         shape = (in_dim, architecture.hidden_size, self.learned_dim, self.heads)
@@ -240,15 +237,9 @@ class DynamicsEnsemble(nn.Module):
     def losses(self, inputs: Tensor, targets: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns each member's training objective, to be summed and differentiated, and its loss to report, detached.
 
-        Keyword-only arguments that a kind adds are settings: training fills them with those of the same name.
-
-        Args:
-            inputs: One minibatch per member, ``(ensemble, batch, state_dim + action_dim)``, normalised units.
-            targets: The change, ``(ensemble, batch, learned_dim)``, normalised units.
-            progress: Share of training that is done, from 0 to 1, for objectives that change with it.
-
-        Returns:
-            Both ``(ensemble,)``, means over batch and dimensions, normalised units.
+        ``inputs`` and the change as ``targets``, ``(ensemble, batch, ...)``, are a minibatch per member, ``progress``
+        is the share of training that is done, results are ``(ensemble,)``, means over batch and dimensions; normalised.
+        Keyword-only arguments that a kind adds are settings, which training fills with those of the same name.
         """
         raise NotImplementedError
 
@@ -299,10 +290,7 @@ class DynamicsEnsemble(nn.Module):
         return ensemble
 
     def select(self, indices: Sequence[int]) -> DynamicsEnsemble:
-        """Returns an ensemble of copies of some members, in the order given; a ValueError if there is no such member.
-
-        Its ``elites`` are those of this ensemble that are among them. Its random streams start anew.
-        """
+        """Returns copies of some members, in the order given, with new random streams; a ValueError if one is not."""
         indices = torch.as_tensor(indices).tolist()
         if not indices or not set(indices) <= set(range(len(self))):
             raise ValueError(f"members {indices} were asked for; expected some of 0 to {len(self) - 1}")
@@ -355,14 +343,9 @@ class DynamicsEnsemble(nn.Module):
     # --- Raw units: what users call ---
 
     def predict(self, states: Array, actions: Array) -> tuple[Tensor, Tensor | None]:
-        """Predicts the next state of the same rows with every member, raw units.
+        """Predicts the next state of the same rows, states and actions ``(..., dim)``, with every member; raw units.
 
-        Args:
-            states: ``(..., state_dim)``, NumPy or PyTorch; moved to ``device``.
-            actions: ``(..., action_dim)``.
-
-        Returns:
-            Mean and variance (None for deterministic members), ``(ensemble, ..., state_dim)``.
+        Returns mean and variance (None for deterministic members), ``(ensemble, ..., state_dim)``.
         """
         return self._predict_rows(self._predict_each, (states, actions))
 
@@ -442,20 +425,18 @@ class DynamicsEnsemble(nn.Module):
         generator: Generator | None = None,
         clamp: tuple[Array, Array] | None = None,
     ) -> Tensor:
-        """Rolls out open loop: applies given actions from given states, feeding predictions back.
+        """Rolls out open loop: applies given actions from given states, feeding predictions back; raw units.
+
+        Returns states, the start first: ``(batch, horizon + 1, state_dim)``, or for ``member`` ``(ensemble, ...)``.
 
         Args:
-            states: Start states, ``(batch, state_dim)``, raw units.
-            actions: ``(batch, horizon, action_dim)``, raw units.
+            states: Start states, ``(batch, state_dim)``.
+            actions: ``(batch, horizon, action_dim)``.
             propagation: ``tsinf``: each row is dealt a member for the whole rollout and draws from its distribution;
                 ``ts1``: it is dealt one anew at each step (both PETS, Chua et al. 2018, section 5.2); ``mean``: the
                 mean over members' means, fed back; ``member``: every member on its own mean.
             generator: Where members are dealt and states are drawn from; None: the ensemble's own stream.
-            clamp: Lowest and highest states, ``(state_dim,)`` each, raw units, which bound those after every step.
-
-        Returns:
-            States with the start first, ``(batch, horizon + 1, state_dim)``; for ``member``
-            ``(ensemble, batch, horizon + 1, state_dim)``; raw units.
+            clamp: Lowest and highest states, ``(state_dim,)`` each, which bound those after every step.
         """
         if propagation not in get_args(Propagation):
             raise ValueError(f"propagation {propagation!r} is unknown; use ts1, tsinf, mean or member")
@@ -568,13 +549,11 @@ class DynamicsEnsemble(nn.Module):
 class DynamicsModel(nn.Module):
     """One member of an ensemble: what ``model.pkl`` holds a list of. It is built like an ensemble of one.
 
-    Pickling keeps plain Python only, tensors as bytes: loading a file runs no code of PyTorch, and members share
-    nothing. A loaded member is on the CPU, without gradients until ``requires_grad_(True)``.
+    Pickles hold plain Python only, tensors as bytes. A loaded member is on the CPU, without gradients at first.
 
     Attributes:
         network: The member as an ensemble of one, which has its weights and its mathematics.
-        holdout_idx: Held-out rows in the concatenation of ``observations[:-1]`` over trajectories, ``(rows,)`` of int;
-            absent when nothing was held out.
+        holdout_idx: Held-out rows in the concatenation of ``observations[:-1]`` over trajectories, int; may be absent.
     """
 
     ensemble_class: ClassVar[type[DynamicsEnsemble]]  # of the same kind
@@ -620,11 +599,8 @@ class DynamicsModel(nn.Module):
             return self.network.predict_reward(states, actions, next_states)[0].cpu().numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            "format_version": FORMAT_VERSION,
-            "architecture": dataclasses.asdict(self.network.architecture),
-            "tensors": {name: _pack(tensor) for name, tensor in self.network.state_dict().items()},
-        }
+        state = {"format_version": FORMAT_VERSION, "architecture": dataclasses.asdict(self.network.architecture)}
+        state["tensors"] = {name: _pack(tensor) for name, tensor in self.network.state_dict().items()}
         if hasattr(self, "holdout_idx"):
             state["holdout_idx"] = _pack(torch.as_tensor(self.holdout_idx))
         return state
@@ -637,42 +613,64 @@ class DynamicsModel(nn.Module):
         normalisation = Normalisation(**{name: tensors[name] for name in Normalisation.names()})
         # Files of earlier versions keep settings of the loss here, too.
         architecture = {name: value for name, value in state["architecture"].items() if not name.startswith("beta_nll")}
-        self.__init__(Architecture(**architecture), normalisation)
-        self.network.load_state_dict(tensors)
+        with torch.device("meta"):  # an architecture that the tensors do not fit takes no memory
+            self.__init__(Architecture(**architecture), normalisation)
+        self.network.load_state_dict(tensors, assign=True)
         self.requires_grad_(False).eval()
         if "holdout_idx" in state:
             self.holdout_idx = _unpack(state["holdout_idx"]).numpy()
 
 
-# --- model.pkl ---
+class _ModelUnpickler(pickle._Unpickler):
+    """For files from strangers: makes members and plain Python, with texts as keys, whose hashes nobody can choose."""
 
-
-class _ModelUnpickler(pickle.Unpickler):
-    """Admits the member classes and plain Python, so that a file from a stranger cannot run code."""
+    dispatch: ClassVar[dict] = {code: step for code, step in pickle._Unpickler.dispatch.items() if code not in _STEPS}
 
     def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in KINDS.values():
+        kinds = {names: kind for kind, names in KINDS.items()}
+        if (module, name) not in kinds:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no model holds")
-        return getattr(importlib.import_module(module), name)
+        return member_class(kinds[module, name])
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        self.stored -= sum(len(packed["bytes"]) for packed in state["tensors"].values())
+        if self.stored < 0:
+            raise pickle.UnpicklingError("it holds fewer bytes than its tensors")
+        DynamicsModel.__setstate__(self.stack[-1], state)
+
+    def _set(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict or not all(type(key) is str for key in items[::2]):
+            raise pickle.UnpicklingError("it has keys that are no texts")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._set(self.pop_mark())
+    dispatch[pickle.SETITEM[0]] = lambda self: self._set([self.stack.pop(-2), self.stack.pop()])
 
 
 def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict[str, Any]]:
-    """Reads members and metadata as ``pickle.load`` would, but runs nothing that the file could bring along.
-
-    A file that is no model, is cut off, or names anything but the member classes is a ValueError.
-    """
-    content = Path(path).read_bytes()
+    """Reads members and metadata as ``pickle.load`` would, but runs nothing; a ValueError if the file is no model."""
+    content = b"" if Path(path).is_fifo() or Path(path).is_char_device() else Path(path).read_bytes()
+    unpickler = _ModelUnpickler(io.BytesIO(content))
+    unpickler.stored = len(content)
     try:
-        models, metadata = _ModelUnpickler(io.BytesIO(content)).load()
-        if not models or not all(isinstance(model, DynamicsModel) and hasattr(model, "network") for model in models):
+        models, metadata = unpickler.load()
+        if type(models) is not list or not models or not all(hasattr(model, "network") for model in models):
             raise TypeError("it holds no members")
+        for index, model in enumerate(models):
+            if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+                raise ValueError(f"member {index} has {bad[0]} that are not finite; train it with a lower fit_lr")
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {metadata['format_version']}, expected {FORMAT_VERSION}")
         random_stream(metadata["seed"], 0, "sampling")
-        return list(models), dict(metadata)
+        is_name = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,250}", metadata.get("run_name") or "none")  # of a folder
+        if not is_name or not all(type(elite) is int and elite >= 0 for elite in metadata.get("elites", [])):
+            raise ValueError("its run_name is no name, or its elites are no members")
+        return models, metadata
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        reason = f"is not a model that learn_model.py wrote ({error}); expected a model.pkl"
-        raise ValueError(f"{os.fspath(path)!r} {reason}") from error
+        why = f"is not a model that learn_model.py wrote ({' '.join(str(error).split())[:300]}); expected a model.pkl"
+        raise ValueError(f"{os.fspath(path)!r} {why}") from error
 
 
 def load_ensemble(path: str | os.PathLike[str], device: str = "cpu", elites: bool = False) -> DynamicsEnsemble:
@@ -696,5 +694,6 @@ def _pack(tensor: Tensor) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> Tensor:
-    array = np.frombuffer(packed["bytes"], dtype=np.dtype(packed["dtype"])).reshape(packed["shape"])
-    return torch.from_numpy(array.copy())
+    if packed["dtype"] not in ("<f4", "<i8"):
+        raise ValueError(f"it has values of type {packed['dtype']!r:.20}")
+    return torch.from_numpy(np.frombuffer(packed["bytes"], packed["dtype"]).reshape(packed["shape"]).copy())
