@@ -15,6 +15,7 @@ from data.sources import load_datasets
 from data.splits import Division, Split, row_keys, unlike
 from data.trajectories import Dataset, Transitions
 from dynamics_model import DynamicsEnsemble
+from evaluation.model_metadata import check_metadata
 from evaluation.predictions import Rows, gather_rows
 from utils import InputError
 
@@ -51,6 +52,9 @@ class Model:
             raise InputError(f"model {str(path)!r} does not exist; train one with learn_model.py") from None
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from None
+        kind = members[0].network.kind
+        check_metadata(metadata, f"model {str(path)!r}", kind, len(members))
+        metadata = {"kind": kind, "config": {}, "elites": list(range(len(members))), **metadata}
         ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
         return cls(path, metadata.get("run_name") or path.stem, ensemble, metadata)
 
