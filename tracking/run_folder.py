@@ -19,17 +19,16 @@ import re
 import reprlib
 import shlex
 import sys
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tracking.checkpoints import CheckpointFiles
+from tracking.records import parse_record
 from utils import InputError, Origin, atomic_write, read_file
 
 _LONGEST_STEM = 150  # bytes of a made-up name; file systems allow 255
@@ -169,7 +168,7 @@ class RunRecord:
         Raises:
             ValueError: If an entry is missing, unknown or of another type; the message names it.
         """
-        return _parse(cls, plain, "the record")
+        return parse_record(cls, plain, "the record")
 
 
 class RunFolder:
@@ -425,38 +424,6 @@ def _read_record(path: Path, defaults: dict[str, Any]) -> RunRecord:
         raise InputError(f"{path} is damaged ({error}); give another --run_name to train anew") from None
     config = defaults | record.request.config
     return dataclasses.replace(record, request=dataclasses.replace(record.request, config=config))
-
-
-def _parse(kind: Any, value: Any, name: str) -> Any:
-    """Returns a value read from JSON as the type that an annotation names, building dataclasses from dictionaries.
-
-    Raises:
-        ValueError: If the value is of another type; the message calls it ``name``.
-    """
-    if kind is Any:
-        return value
-    if isinstance(kind, UnionType):  # X | None
-        return None if value is None else _parse(typing.get_args(kind)[0], value, name)
-    plain = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind) or kind
-    accepted = {float: (float, int)}.get(plain, plain)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
-        raise ValueError(f"{name} is {type(value).__name__}, expected {plain.__name__}")
-    if plain is list:
-        return [_parse(*typing.get_args(kind), each, f"an entry of {name}") for each in value]
-    if plain is dict and not dataclasses.is_dataclass(kind):
-        return {key: _parse(typing.get_args(kind)[1], each, f"{key[:40]} of {name}") for key, each in value.items()}
-    if not dataclasses.is_dataclass(kind):
-        return value
-    types, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
-    # An older version did not know entries that have a default.
-    missing = {key for key, field in fields.items() if _is_required(field)} - value.keys()
-    if different := sorted(missing | (value.keys() - fields.keys())):
-        raise ValueError(f"{name} has a missing or unknown entry {different[0][:40]!r}")
-    return kind(**{key: _parse(types[key], given, key) for key, given in value.items()})
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _why_not(name: str, before: RunRequest, now: RunRequest) -> str:
