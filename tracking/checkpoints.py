@@ -19,7 +19,7 @@ from utils import InputError, atomic_write, read_file
 
 _GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z]\w*Storage")
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # ways around these names
-_LONGEST_STRUCTURE = 1 << 22  # bytes that say what tensors there are; 7 members with a reward take 20,000
+_LONGEST_STRUCTURE = 1 << 20  # bytes that say what tensors there are; 7 members with a reward take 20,000
 
 
 class CheckpointFiles:

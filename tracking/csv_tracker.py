@@ -81,6 +81,8 @@ class CsvTracker(Tracker):
             lines = read_file(self._path).decode(errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             lines = [",".join(self._columns) + "\n"]
+        except OSError as error:
+            raise InputError(f"the CSV {str(self._path)!r} cannot be read ({error.strerror})") from None
         try:
             header, *body = [*csv.reader(line for line in lines if line.endswith("\n"))] or [[]]
             if header != self._columns:
@@ -148,6 +150,8 @@ def _parse(columns: list[str], body: list[list[str]]) -> list[list[Row]]:
         ValueError: If they are not what ``log_epoch`` has written: one row per member, epoch after epoch.
     """
     parse = {"step": int, "model_id": int}
+    if columns[:2] != list(parse):
+        raise ValueError(f"its columns are {reprlib.repr(columns)}, expected step, model_id and numbers")
     rows = [
         {name: parse.get(name, float)(cell) if cell else None for name, cell in zip(columns, cells, strict=True)}
         for cells in body
