@@ -52,13 +52,17 @@ def figure_text(text: str) -> str:
 def spreadsheet_table(table: pd.DataFrame) -> pd.DataFrame:
     """Returns a table whose CSV no spreadsheet takes for formulas: text that would begin one gets an apostrophe."""
     columns = [name for name in table if pd.api.types.is_string_dtype(table[name]) or table[name].dtype == object]
-    return table.assign(**{name: table[name].map(_spreadsheet_cell) for name in columns})
+    return table.assign(
+        **{
+            name: table[name].map(lambda value: spreadsheet_text(value) if isinstance(value, str) else value)
+            for name in columns
+        }
+    )
 
 
-def _spreadsheet_cell(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = encodable(value)
+def spreadsheet_text(text: str) -> str:
+    """Returns text as it stands in the tables of ``spreadsheet_table``."""
+    text = encodable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
