@@ -663,10 +663,10 @@ def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict
                 raise ValueError(f"member {index} has {bad[0]} that are not finite; train it with a lower fit_lr")
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {metadata['format_version']}, expected {FORMAT_VERSION}")
-        random_stream(metadata["seed"], 0, "sampling")
         is_name = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,250}", metadata.get("run_name") or "none")  # of a folder
-        if not is_name or not all(type(elite) is int and elite >= 0 for elite in metadata.get("elites", [])):
-            raise ValueError("its run_name is no name, or its elites are no members")
+        numbers = [metadata["seed"], *metadata.get("elites", [])]
+        if not is_name or not all(type(number) is int and 0 <= number < 2**64 for number in numbers):
+            raise ValueError("its run_name is no name, or its seed or elites are no numbers")
         return models, metadata
     except Exception as error:  # a damaged or hostile pickle can raise anything
         why = f"is not a model that learn_model.py wrote ({' '.join(str(error).split())[:300]}); expected a model.pkl"

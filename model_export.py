@@ -50,6 +50,7 @@ from dynamics_model import (
 )
 
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
+_MOST_VALUES = 10_000  # of a published metadata.yaml, which has some 50
 _EPSILON = 1e-8  # what the thesis's code adds to every scale
 
 
@@ -140,9 +141,12 @@ def _read_export(folder: Path) -> tuple[list[DynamicsModel], dict[str, Any]]:
         name: tuple(value) if isinstance(value, list) else value for name, value in description["architecture"].items()
     }
     ensemble_class = member_class(description["kind"]).ensemble_class
-    ensemble = ensemble_class(Architecture(**architecture), normalisation, ensemble_size)
-    ensemble.load_state_dict(tensors)
+    with torch.device("meta"):  # an architecture that the tensors do not fit takes no memory
+        ensemble = ensemble_class(Architecture(**architecture), normalisation, ensemble_size)
+    ensemble.load_state_dict(tensors, assign=True)
     ensemble.requires_grad_(False)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError("it has weights that are not finite")
     if holdout_idx is not None:
         ensemble.holdout_idx = holdout_idx.numpy()
     return [member.eval() for member in ensemble.members()], metadata
@@ -153,7 +157,13 @@ def _read_published(folder: Path) -> tuple[list[DynamicsModel], dict[str, Any]]:
         config = json.loads(settings.read_text(encoding="utf-8"))
     else:
         text = (folder / "metadata.yaml").read_text(encoding="utf-8")
-        config = _library("yaml", "PyYAML").safe_load(text)
+        yaml = _library("yaml", "PyYAML")
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if (
+                isinstance(event, yaml.AliasEvent) or number > _MOST_VALUES
+            ):  # with which a few lines stand for gigabytes
+                raise ValueError(f"metadata.yaml has aliases, or more than {_MOST_VALUES} values")
+        config = yaml.safe_load(text)
     kind = "probabilistic" if config["probabilistic"] else "deterministic"
     # That code knows two activations, and takes the second where a name is not the first one's.
     default = "swish" if config["probabilistic"] else "relu"

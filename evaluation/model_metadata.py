@@ -33,7 +33,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str, kind: str, members: 
         members: How many there are.
 
     Raises:
-        InputError: If something is missing, or is none of what is written there; it is named.
+        InputError: If something is none of what is written there; it is named.
     """
     if not is_plain(metadata):
         raise InputError(f"{where} has metadata that are no plain Python, or hold themselves; train the model again")
@@ -62,8 +62,8 @@ def check_metadata(metadata: Mapping[str, Any], where: str, kind: str, members: 
         "parts": _is_list(_is_part),
         "pieces": _or_none(_is_list(_is_piece)),
     }
-    _check(metadata, schema, ("dataset",), "metadata", where)
-    _check(metadata["dataset"], dataset, ("name", "sha256"), "metadata of its dataset", where)
+    _check(metadata, schema, "metadata", where)
+    _check(metadata.get("dataset", {}), dataset, "metadata of its dataset", where)
 
 
 def is_plain(value: Any) -> bool:
@@ -98,17 +98,10 @@ def is_name_of_file(value: Any) -> bool:
     )
 
 
-def _check(
-    values: Mapping[str, Any], schema: Mapping[str, Check], needed: tuple[str, ...], what: str, where: str
-) -> None:
-    for key in needed:
-        if key not in values:
-            raise InputError(f"{where} has {what} without {key!r}; it was not written by learn_model.py")
+def _check(values: Mapping[str, Any], schema: Mapping[str, Check], what: str, where: str) -> None:
     for key, check in schema.items():
         if key in values and not check(values[key]):
-            raise InputError(
-                f"{where} has {what} whose {key!r} is not what learn_model.py writes; train the model again"
-            )
+            raise InputError(f"{where} has {what} whose {key!r} is not what learn_model.py writes; train it again")
 
 
 def _is_too_long(value: Any) -> bool:

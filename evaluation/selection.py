@@ -54,7 +54,8 @@ class Model:
             raise InputError(str(error)) from None
         kind = members[0].network.kind
         check_metadata(metadata, f"model {str(path)!r}", kind, len(members))
-        metadata = {"kind": kind, "config": {}, "elites": list(range(len(members))), **metadata}
+        trained_on = {"name": "unknown", "env_name": None, "sha256": None, "split": {}, **metadata.get("dataset", {})}
+        metadata = {"kind": kind, "config": {}, "elites": list(range(len(members))), **metadata, "dataset": trained_on}
         ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
         return cls(path, metadata.get("run_name") or path.stem, ensemble, metadata)
 
