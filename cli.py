@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import reprlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from utils import InputError, make_temporary
+from utils import ROOT, InputError, make_temporary
 
+_SHORT = reprlib.Repr()  # shortens paths that would fill the screen
+_SHORT.maxstring = 250
 _SQLITE = b"SQLite format 3\0"  # how every database of SQLite begins
 
 
@@ -103,6 +106,16 @@ def output_path(text: str) -> Path:
     return Path(text)
 
 
+def dataset_paths(names: Sequence[str]) -> list[Path]:
+    """Returns the files that names of datasets may stand for, those in ``data/bundled`` included.
+
+    Args:
+        names: As they were given: names, paths, or ``FILE::KEYS``, which chooses entries of a file.
+    """
+    bases = [name.partition("::")[0] for name in names]
+    return [Path(name) for name in (*names, *bases)] + [ROOT / "data" / "bundled" / f"{base}.hdf5" for base in bases]
+
+
 def check_outputs(outputs: Iterable[tuple[str, Path | None]], kept: Iterable[tuple[str, Path]]) -> None:
     """Checks that files can be written without harm to others, without writing them.
 
@@ -124,10 +137,12 @@ def check_outputs(outputs: Iterable[tuple[str, Path | None]], kept: Iterable[tup
         own = _identities(path)
         if other := next((taken[identity] for identity in own if identity in taken), None):
             raise InputError(
-                f"{flag} {str(path)!r} is the file of {other}, which it would overwrite; give another path"
+                f"{flag} {_SHORT.repr(str(path))} is the file of {other}, which it would overwrite; give another path"
             )
         if path.is_file() and _is_database(path):
-            raise InputError(f"{flag} {str(path)!r} is a database, which it would overwrite; give another path")
+            raise InputError(
+                f"{flag} {_SHORT.repr(str(path))} is a database, which it would overwrite; give another path"
+            )
         taken |= dict.fromkeys(own, flag)
 
 
@@ -144,15 +159,15 @@ def check_output_file(path: Path, flag: str) -> None:
     folder = path.parent
     try:
         if _exists(path) and not path.is_file():
-            raise InputError(f"{flag} {str(path)!r} is a folder or a device; give the name of a file")
+            raise InputError(f"{flag} {_SHORT.repr(str(path))} is a folder or a device; give the name of a file")
         folder = _nearest_existing(folder)
         descriptor, temporary = make_temporary(path, folder)
         os.close(descriptor)
         Path(temporary).unlink()
         _exists(path.absolute().with_name(Path(temporary).name))  # longer than the path: is it too long?
     except OSError as error:
-        reason = f"{folder}: {error.strerror}"
-        raise InputError(f"{flag} {str(path)!r} cannot be written ({reason}); give another path") from None
+        reason = f"{_SHORT.repr(str(folder))[1:-1]}: {error.strerror}"
+        raise InputError(f"{flag} {_SHORT.repr(str(path))} cannot be written ({reason}); give another path") from None
 
 
 def _exists(path: Path) -> bool:
@@ -178,13 +193,14 @@ def _identities(path: Path) -> set[object]:
     return found
 
 
-def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
+def check_output_folder(folder: Path, is_ours: bool, expected: str, flag: str = "--output") -> None:
     """Checks that results can be written to a folder: a new one, an empty one, or one with results of the same command.
 
     Args:
-        folder: The folder that ``--output`` names.
+        folder: The folder.
         is_ours: Whether the folder holds earlier results of the same command.
         expected: What that command writes, such as ``a report``, for the message.
+        flag: The flag that names the folder, for the message.
 
     Raises:
         InputError: If it is a file, holds other files (hidden ones do not count), or cannot be made or written.
@@ -192,13 +208,19 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str) -> None:
     try:
         existing = _nearest_existing(folder)
     except OSError as error:
-        raise InputError(f"--output {str(folder)!r} cannot be made ({error.strerror}); give another folder") from None
+        raise InputError(
+            f"{flag} {_SHORT.repr(str(folder))} cannot be made ({error.strerror}); give another folder"
+        ) from None
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {str(folder)!r} is a file; give a folder")
+        raise InputError(f"{flag} {_SHORT.repr(str(folder))} is a file; give a folder")
     if not is_ours and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise InputError(f"--output {str(folder)!r} holds other files than {expected}; give a new or empty folder")
+        raise InputError(
+            f"{flag} {_SHORT.repr(str(folder))} holds other files than {expected}; give a new or empty folder"
+        )
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output {str(folder)!r} cannot be made in {str(existing)!r}; give another folder")
+        raise InputError(
+            f"{flag} {_SHORT.repr(str(folder))} cannot be made in {_SHORT.repr(str(existing))}; give another folder"
+        )
 
 
 def _nearest_existing(folder: Path) -> Path:

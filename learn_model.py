@@ -23,13 +23,14 @@ from cli import (
     CommandLine,
     check_outputs,
     choose_device,
+    dataset_paths,
     exit_on_input_error,
     exit_when_out_of_memory,
     interruptible,
     output_path,
 )
 from config import LearnConfig, load_config
-from utils import ROOT, InputError, atomic_write
+from utils import InputError, atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
     from collections.abc import Sequence
@@ -278,9 +279,7 @@ def check_paths(args: argparse.Namespace) -> None:
         )
     kept = [("--config", args.config)]
     for flag, names in (("--dataset", args.dataset), ("--holdout_dataset", [args.holdout_dataset or "."])):
-        for name in names:
-            base = name.partition("::")[0]  # the rest chooses keys
-            kept += [(flag, ROOT / "data" / "bundled" / f"{base}.hdf5"), (flag, Path(base)), (flag, Path(name))]
+        kept += [(flag, path) for path in dataset_paths(names)]
     kept += [("the MLflow store", path) for path in store_files(tracking_uri())]
     outputs = [("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)]
     for folder in {Path(os.path.realpath(path)).parent for _, path in outputs if path is not None}:
