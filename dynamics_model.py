@@ -669,7 +669,8 @@ def load_models(path: str | os.PathLike[str]) -> tuple[list[DynamicsModel], dict
             raise ValueError("its run_name is no name, or its seed or elites are no numbers")
         return models, metadata
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        why = f"is not a model that learn_model.py wrote ({' '.join(str(error).split())[:300]}); expected a model.pkl"
+        why = " ".join(str(error).split())[:300] or "Ran out of input"
+        why = f"is not a model that learn_model.py wrote ({why}); expected a model.pkl"
         raise ValueError(f"{os.fspath(path)!r} {why}") from error
 
 

@@ -6,13 +6,14 @@ end, from bad to good.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.npz import read_arrays
+from data.trajectories import printable
 from utils import InputError, atomic_write
 
 LOG_STD_RANGE = (-20.0, 2.0)  # stable-baselines3 clips the actor's log standard deviation to this
@@ -108,16 +109,18 @@ class SquashedGaussianPolicy:
                 "--policy sac saved"
             )
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            trained_in, description = str(arrays.pop("env_name")), str(arrays.pop("description"))
+            arrays = read_arrays(path)
+            trained_in, description = (printable(str(arrays.pop(name)))[:200] for name in ("env_name", "description"))
             evaluation_return = float(arrays.pop("evaluation_return", np.nan))
             policy = cls(arrays, description, evaluation_return)
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise ValueError("its weights are not finite")
             if trained_in == env_id:
                 policy(np.zeros(observation_dim), np.random.default_rng(0))  # every array is there and fits
-        except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"policy {str(path)!r} cannot be read ({error}); expected the .npz file that --policy sac saves"
+                f"policy {str(path)!r} cannot be read ({reason}); expected the .npz file that --policy sac saves"
             ) from error
         if trained_in != env_id:
             raise InputError(

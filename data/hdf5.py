@@ -260,7 +260,9 @@ def open_hdf5(path: Path) -> Iterator[Group]:
     try:
         with _open(path) as file:
             yield Group(file, path, Budget(path))
-    except (OSError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # all of which h5py makes of HDF5's own
         raise InputError(_explain(path, str(error))) from None
 
 

@@ -63,6 +63,20 @@ def read_npz(path: Path, wanted: Wanted) -> Recording:
     return Recording(columns, tuple(findings), env_name)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns all arrays of a ``.npz`` file by name.
+
+    Raises:
+        ValueError: If it cannot be read, or is larger than memory or out of proportion.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = _Arrays(archive, Budget(path))
+            return {name: array[...] for name, array in arrays.items() if isinstance(array, _Array)}
+    except FAILURES as error:
+        raise ValueError(str(error)) from None
+
+
 class _Array:
     """An array in an archive: its shape and type are known, its values are read by ``array[...]``."""
 
