@@ -15,6 +15,7 @@ from reporting.escape import spreadsheet_table
 from reporting.page import Section, format_cell, html_page, html_table, markdown_page, markdown_table
 from study.analysis import POOLED, Tables, against_first, analyse
 from study.cells import parse_name, short_name, split_dataset, training_rows
+from study.condensed import condense
 from study.figures import CAPTIONS, draw_figures
 from study.grid import Datasets, Grid
 from study.horizons import RULE
@@ -71,7 +72,7 @@ class StudyFacts:
 def write_study(
     folder: Path, results: Results, tuning: Tuning, grid: Grid, datasets: Datasets, command: str
 ) -> list[Path]:
-    """Analyses the cells that are done, and writes tables, figures and report into the folder of the study.
+    """Analyses the cells that are done, condensed, and writes tables, figures and report into the folder of the study.
 
     Args:
         folder: Folder of the study.
@@ -89,8 +90,10 @@ def write_study(
     """
     if all(result.failure is not None for result in results.values()):
         raise FileNotFoundError(f"{folder} has no cell whose training has succeeded: nothing to compare")
+    results = {key: condense(result, [tuning.horizon[key.dataset]]) for key, result in results.items()}
     tables = analyse(results, tuning.horizon) | {"sensitivity": sensitivity_table(tuning.rates)}
-    files = [save_table(table, folder / f"{name}.csv") for name, table in tables.items()]
+    files = [save_table(table, folder / f"{name}.csv") for name, table in tables.items() if name != "timings"]
+    files.append(save_timings(tables["timings"], folder / "timings.json"))
     facts = gather_facts(results, grid, datasets, command)
     return files + write_report(folder, facts, tables | {"learning_rates": tuning.rates, "horizons": tuning.horizons})
 
@@ -99,6 +102,13 @@ def save_table(table: pd.DataFrame, path: Path) -> Path:
     """Writes a table as CSV, to six digits, and returns its path."""
     with atomic_write(path, "w") as file:
         spreadsheet_table(table).to_csv(file, index=False, float_format="%.6g")
+    return path
+
+
+def save_timings(timings: pd.DataFrame, path: Path) -> Path:
+    """Writes what trainings took as JSON, a record per row, and returns its path: all CSV files are results."""
+    with atomic_write(path, "w") as file:
+        timings.to_json(file, orient="records", indent=2)
     return path
 
 

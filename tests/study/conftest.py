@@ -54,6 +54,16 @@ def make_result():
 
 
 @pytest.fixture(scope="session")
+def trial_tables():
+    """The tables that a trial has."""
+    return {
+        "training": pd.DataFrame({"step": [0, 0], "model_id": [0, 1], "val_mse": [2.0, 1.0]}),
+        "members": pd.DataFrame({"model_id": [0, 1], "val_mse": [2.0, 1.0]}),
+        "skill": pd.DataFrame({"horizon": [1], "starts": [10], "skill": [0.5]}),
+    }
+
+
+@pytest.fixture(scope="session")
 def make_study(make_cell, make_result):
     """Returns a function that makes up the results of a study of two arms, the errors of ``b`` twice those of ``a``.
 
@@ -66,7 +76,12 @@ def make_study(make_cell, make_result):
         steps = np.array([1, 5, 10, 25, 50])
         reached = {1: 4, 5: 3, 10: 2, 25: 1, 50: 1}  # start points with that many steps left
         starts = [(p, t, k, error[t] * k) for p in ("mean", "tsinf") for k, n in reached.items() for t in range(n)]
-        curve = {"step": [0, 1, 2] * 2, "model_id": [0] * 3 + [1] * 3, "val_mse": [4.0, 1.0, math.e, 3.0, 2.0, 1.0]}
+        curve = {
+            "step": [0, 1, 2] * 2,
+            "model_id": [0] * 3 + [1] * 3,
+            "val_mse": [4.0, 1.0, math.e, 3.0, 2.0, 1.0],
+            "train_mse": 1.0,
+        }
         rollouts = [
             {
                 "propagation": name,

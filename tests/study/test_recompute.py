@@ -200,7 +200,7 @@ def random_tables(random, trajectories):
             {"first": first, "second": second, "product": (first == second) * random.lognormal(size=6)}
         ),
         "starts": pd.DataFrame(starts, columns=["propagation", "trajectory", "horizon", "error"]),
-        "training": pd.DataFrame({"step": [0, 1], "model_id": 0, "val_mse": [2.0, 1.0]}),
+        "training": pd.DataFrame({"step": [0, 1], "model_id": 0, "val_mse": [2.0, 1.0], "train_mse": 1.0}),
         "rollout": pd.concat([pd.DataFrame({"propagation": p, **rollout}) for p in ("mean", "tsinf")]),
         "uncertainty": pd.DataFrame(
             {"rows": ["test"], "measure": ["total_std"], "spearman": [0.5], "auroc_worst": [0.7]}
