@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import sys
 import time
@@ -51,8 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command: everything a user can get wrong is checked before the first file is written."""
     args = parse_arguments(argv)
 
+    from reporting.escape import encodable
     from study.engines import run_missing
-    from study.grid import Grid, check_done, load_arms, load_datasets
+    from study.grid import Grid, check_done, check_places, load_arms, load_datasets
     from study.report import save_table, write_study
     from study.store import CellStore
     from study.tracker import check_study, open_study
@@ -61,15 +63,16 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_input_error():
         check_arguments(args)
         arms = load_arms(args.configs, args.params)
-        is_ours = (args.output / "study.json").exists()
+        is_ours = os.path.lexists(args.output / "study.json")
         check_output_folder(args.output, is_ours, expected="a study")
         check_study(args.output)
         tuning = known_tuning(args, arms)
         device = args.device if args.engine == "ray" else choose_device(args.device)
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         grid = Grid(arms, args.datasets, seeds, args.split_seeds, device, args.threads, args.simulator)
-        datasets = load_datasets(args.datasets, args.split_seeds, args.simulator, args.quiet)
         store = CellStore(args.output)
+        check_places(grid, store)
+        datasets = load_datasets(args.datasets, args.split_seeds, args.simulator, args.quiet)
         trials = grid.trials(args.learning_rates) if tuning is None else []
         check_done(trials if tuning is None else grid.cells(tuning.chosen), datasets, store)
         engine = choose_engine(args)
@@ -77,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         print(plan_text(grid, len(trials)), file=sys.stderr, flush=True)
     params = {"arms": ", ".join(arms), "datasets": ", ".join(args.datasets), "seeds": args.seeds}
-    tracker = open_study(store, command_line(), params)
     progress = Progress(len(trials) + len(grid), args.quiet)
 
     def run(cells: list[Cell]) -> None:
@@ -86,31 +88,37 @@ def main(argv: list[str] | None = None) -> int:
             progress.count(finished)
 
     try:
+        tracker = open_study(store, command_line(), params)
         run(trials)
         while further := further_trials(trials, store, grid, len(args.learning_rates)):
             progress.extend(further)
             run(further)
             trials += further
         tuning = tuning or Tuning.of(trials, store)
-        with exit_on_input_error():
-            cells = grid.cells(tuning.chosen)
-            check_done(cells, datasets, store)
-        save_table(tuning.rates, args.output / "learning_rates.csv")
-        save_table(tuning.horizons, args.output / "horizons.csv")
+        cells = grid.cells(tuning.chosen)
+        check_done(cells, datasets, store)
+        with store.hold("study"):
+            save_table(tuning.rates, args.output / "learning_rates.csv")
+            save_table(tuning.horizons, args.output / "horizons.csv")
         run(cells)
-        results = {cell.key: store.read(cell.name) for cell in cells if cell.name in store}
-        files = write_study(args.output, results, tuning, grid, datasets, command_line())
+        results = {cell.key: store.read(cell.name) for cell in cells if store.has(cell)}
+        with store.hold("study"):
+            store.remove_leftovers()
+            files = write_study(args.output, results, tuning, grid, datasets, command_line())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except InputError as error:  # what another process has left meanwhile
+        with exit_on_input_error():
+            raise InputError(f"{error}; what is finished is kept") from None
     except (OSError, FloatingPointError) as error:
         print(f"error: {error}; what is finished is kept, the same command goes on", file=sys.stderr)
         return 1
+    tracker.finish(files)
     store.remove_locks()
     if not args.quiet:
         print((args.output / "report.md").read_text(encoding="utf-8").partition("\n## ")[0])
-        print(f"report {args.output / 'report.html'}")
-    tracker.finish(files)
+        print(f"report {encodable(str(args.output / 'report.html'))}")
     return 0
 
 
@@ -238,7 +246,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("--configs", [path.stem for path in args.configs]),
         ("--datasets", [short_name(name) for name in args.datasets]),
         ("--split_seeds", args.split_seeds),
-        ("--learning_rates", args.learning_rates),
+        ("--learning_rates", [f"{rate:g}" for rate in args.learning_rates]),
     ):
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{flag} names {repeated!r} twice; give each once, and files different names")
@@ -288,8 +296,8 @@ def plan_text(grid: Grid, trials: int) -> str:
     ]
     lines += [
         f"{len(grid)} cells ({len(grid.arms)} arms x {len(grid.datasets)} datasets x {len(grid.split_seeds)} splits x "
-        f"{len(grid.seeds)} seeds) and {trials} trials that choose learning rates and horizons; what is finished is not "
-        "run again, and the first ones tell how long the rest takes"
+        f"{len(grid.seeds)} seeds) and {trials} trials that choose learning rates and horizons; what is finished is "
+        "not run again, and the first ones tell how long the rest takes"
     ]
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import re
 import shutil
 import tempfile
@@ -33,15 +35,19 @@ from evaluation.predictions import Rows, gather_rows, predict_one_step
 from evaluation.rollouts import validation_skill
 from study.horizons import HORIZONS, MAX_STARTS
 from study.policies import load_snapshots, policy_table
+from study.schemas import OF_CELLS, OF_TRIALS, TABLES, Schema, check_tables, read_table
+from tracking.records import parse_record
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
 from training.scores import metric_rows, score_members
-from utils import ROOT, InputError, Origin, atomic_write
+from utils import ROOT, InputError, Origin, atomic_write, read_file
 
 FORMAT = 2  # of cell.json and study.json; raised when older ones cannot be analysed any more
 HOLDOUT_RATIO = TEST_RATIO = 0.2
 SIMULATED = ROOT / "reports" / "simulated"  # what policies earn in the simulator: made once, for all cells
+_LONGEST = 1e9  # seconds that a part of a cell may have taken
+_AGAIN = "bring it back, or delete the cell's folder to have it made again"
 
 # The tables of an evaluation that a study keeps, and which of their rows; None keeps all.
 _KEPT = {
@@ -109,7 +115,7 @@ class CellRequest:
         return {**vars(self), "config": self.config.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> CellRequest:
+    def from_dict(cls, values: Any, source: str) -> CellRequest:
         """Reads a request back; a setting that did not exist yet when it was written gets its default.
 
         Args:
@@ -117,9 +123,11 @@ class CellRequest:
             source: Where the values come from, for the error message.
 
         Raises:
-            InputError: If there is a setting that does not exist any more.
+            ValueError: If it is no request, or an InputError if a setting does not exist any more.
         """
-        return cls(**{**values, "config": config_from_dict(values["config"], source)})
+        plain = parse_record(dict[str, Any], values, "request")
+        settings = parse_record(dict[str, Any], plain.get("config"), "config")
+        return parse_record(cls, {**plain, "config": config_from_dict(settings, source)}, "request")
 
 
 @dataclass(frozen=True)
@@ -152,9 +160,10 @@ class Cell:
     @property
     def name(self) -> str:
         """Place of the cell in the study's folder, as a relative path."""
+        place = f"{folder_name(self.arm)}/{folder_name(short_name(self.dataset))}"
         if self.is_trial:
-            return f"trials/{self.arm}/{short_name(self.dataset)}/rate-{self.config.fit_lr:g}"
-        return f"cells/{self.arm}/{short_name(self.dataset)}/split-{self.config.split_seed}-seed-{self.config.seed}"
+            return f"trials/{place}/rate-{self.config.fit_lr:g}"
+        return f"cells/{place}/split-{self.config.split_seed}-seed-{self.config.seed}"
 
     def request(self, sha256: str) -> CellRequest:
         """Returns what determines the result on a dataset with this checksum; a cell is done only if this is equal."""
@@ -173,8 +182,8 @@ class NamedRows(NamedTuple):
 
 def parse_name(dataset: str) -> NamedRows:
     """Takes the number of training rows off a dataset's name, where there is one."""
-    found = re.fullmatch(r"(.*[^:]):([0-9]+)", dataset)
-    if found is None or Path(dataset).exists():
+    found = re.fullmatch(r"(.*[^:]):([0-9]{1,18})", dataset, re.DOTALL)
+    if found is None or os.path.exists(dataset):  # noqa: PTH110 (it may be no path at all)
         return NamedRows(dataset, None)
     return NamedRows(found[1], int(found[2]))
 
@@ -183,6 +192,11 @@ def short_name(dataset: str) -> str:
     """Returns the name of a dataset in tables and folders: of a path the file's, without its ending."""
     base, rows = parse_name(dataset)
     return Path(base).stem if rows is None else f"{Path(base).stem}-{rows}"
+
+
+def folder_name(name: str) -> str:
+    """Returns the name of a folder for an arm or a dataset; a name that leads elsewhere is spelled out."""
+    return name if name.strip(".") else f"{len(name)}-dots"
 
 
 def split_dataset(dataset: Dataset, split_seed: int) -> Split:
@@ -225,6 +239,17 @@ class CellOutcome:
     val_mse: float | None
     metrics: dict[str, float]
 
+    def __post_init__(self) -> None:
+        """Checks that it says one thing.
+
+        Raises:
+            ValueError: If not.
+        """
+        if (self.failure is None) == (self.val_mse is None) or not (self.val_mse is None or self.val_mse >= 0):
+            raise ValueError(f"failure is {self.failure!r:.40}, but val_mse is {self.val_mse}")
+        if bad := next((name for name, value in self.metrics.items() if not math.isfinite(value)), None):
+            raise ValueError(f"the metric {bad[:40]!r} is no finite number")
+
 
 @dataclass(frozen=True)
 class CellRecord:
@@ -242,6 +267,15 @@ class CellRecord:
     timing: dict[str, float]
     origin: Origin
 
+    def __post_init__(self) -> None:
+        """Checks that it took some time.
+
+        Raises:
+            ValueError: If not.
+        """
+        if not all(0 <= seconds <= _LONGEST for seconds in self.timing.values()):
+            raise ValueError("its timing is not in seconds")
+
     @property
     def seconds(self) -> float:
         """Time that the cell took."""
@@ -258,28 +292,54 @@ class CellRecord:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> CellRecord:
+    def from_dict(cls, values: Any, source: str) -> CellRecord:
         """Reads back what ``to_dict`` returned; the source is named in error messages.
 
         Raises:
-            InputError: If another version wrote it.
+            InputError: If another version wrote it, or it is damaged.
         """
         check_format(values, source)
-        request = CellRequest.from_dict(values["request"], source)
-        return cls(request, CellOutcome(**values["outcome"]), values["timing"], Origin(**values["origin"]))
+        try:
+            plain = {name: value for name, value in values.items() if name != "format"}
+            return parse_record(
+                cls, {**plain, "request": CellRequest.from_dict(plain.get("request"), source)}, "the record"
+            )
+        except InputError as error:
+            raise InputError(f"{error}; {_AGAIN}") from None
+        except ValueError as error:
+            raise InputError(f"{source} is damaged ({error}); {_AGAIN}") from None
 
 
-def check_format(record: dict[str, Any], source: str) -> None:
+def read_json(path: Path, advice: str) -> Any:
+    """Reads a file of JSON.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it cannot be read; the message ends with the advice.
+    """
+    try:
+        return json.loads(read_file(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or JSON nested too deeply
+        raise InputError(f"{path} is damaged ({error}); {advice}") from None
+
+
+def check_format(record: Any, source: str) -> None:
     """Checks that this version can read a ``cell.json`` or ``study.json``.
 
     Raises:
         InputError: If it cannot.
     """
+    if not isinstance(record, dict):
+        raise InputError(f"{source} is damaged: it holds no record; give another --output, or delete it")
     found = record.get("format", 1)
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise InputError(
-            f"{source} was made by another version (format {found}, expected {FORMAT}); give another --output, or "
-            "check that version out"
+            f"{source} was made by another version (format {found!r:.20}, expected {FORMAT}); give another --output, "
+            "or check that version out"
         )
 
 
@@ -318,14 +378,35 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result:
-        """Reads the folder of a cell."""
-        return cls(read_record(folder), {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))})
+        """Reads the folder of a cell.
+
+        Raises:
+            FileNotFoundError: If there is none, or it has no ``cell.json``: it is not whole.
+            InputError: If something in it is damaged.
+        """
+        record = read_record(folder)
+        tables = {
+            path.stem: read_table(path, TABLES.get(path.stem, Schema()), _AGAIN)
+            for path in sorted(folder.glob("*.csv"))
+        }
+        check_tables(tables, str(folder), _AGAIN)
+        return cls(record, tables)
+
+    def is_whole(self, is_trial: bool) -> bool:
+        """Whether all tables are there that a trial, or a cell that was tested, has."""
+        expected = frozenset() if self.failure is not None else OF_TRIALS if is_trial else OF_CELLS
+        return expected <= self.tables.keys()
 
 
 def read_record(folder: Path) -> CellRecord:
-    """Reads ``cell.json`` in the folder of a cell."""
+    """Reads ``cell.json`` in the folder of a cell.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        InputError: If it is damaged.
+    """
     path = folder / "cell.json"
-    return CellRecord.from_dict(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+    return CellRecord.from_dict(read_json(path, _AGAIN), source=str(path))
 
 
 # --- Running a cell ---

@@ -36,11 +36,16 @@ class Finished(NamedTuple):
 
 
 def run_missing(cells: Sequence[Cell], datasets: Datasets, store: CellStore, engine: Engine) -> Iterator[Finished]:
-    """Runs the cells that are not done yet, and yields all cells with their results: first those that were done."""
-    is_done = {cell: cell.name in store for cell in cells}
+    """Runs the cells that are not done yet, and yields all cells with their results: first those that were done.
+
+    Raises:
+        InputError: If what is kept of a cell is damaged, or the result of another request.
+    """
+    is_done = {cell: store.has(cell) for cell in cells}
     for cell in (cell for cell in cells if is_done[cell]):
         yield Finished(cell, store.read(cell.name), is_new=False)
     for cell in engine([cell for cell in cells if not is_done[cell]], datasets, store):
+        store.check_request(cell, datasets[cell.dataset].sha256)  # another process may have been asked for another
         yield Finished(cell, store.read(cell.name), is_new=True)
 
 
@@ -51,18 +56,25 @@ def run_nothing(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> 
 
 def run_locally(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> Iterator[Cell]:
     """Runs cells one after another; those that another process is running come last, and are waited for."""
-    for timeout in (0, -1):  # -1 waits without limit
-        held = []
-        for cell in cells:
-            try:
-                with store.lock(cell.name).acquire(timeout=timeout):
-                    if cell.name not in store:
-                        store.write(cell.name, run_cell(cell, datasets[cell.dataset]))
-            except Timeout:
-                held.append(cell)
-                continue
-            yield cell
-        cells = held
+    held = []
+    for cell in cells:
+        try:
+            with store.lock(cell.name).acquire(timeout=0):
+                _run_here(cell, datasets, store)
+        except Timeout:
+            held.append(cell)
+            continue
+        yield cell
+    for cell in held:
+        with store.hold(cell.name):
+            _run_here(cell, datasets, store)
+        yield cell
+
+
+def _run_here(cell: Cell, datasets: Datasets, store: CellStore) -> None:
+    """Runs a cell, whose lock is held, unless another process has done so."""
+    if not store.has(cell):
+        store.write(cell.name, run_cell(cell, datasets[cell.dataset]))
 
 
 def connect_ray(address: str | None, threads: int) -> Engine:
@@ -109,6 +121,7 @@ def _run_on_ray(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> 
             result = ray.get(finished)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
             raise ChildProcessError(f"cell {cell.name} has lost its worker again and again ({error})") from None
-        if cell.name not in store:
-            store.write(cell.name, result)
+        with store.hold(cell.name):
+            if not store.has(cell):
+                store.write(cell.name, result)
         yield cell

@@ -91,11 +91,22 @@ class Grid:
         return {key: by_arm for key, by_arm in values.items() if len({str(value) for value in by_arm.values()}) > 1}
 
 
-def check_done(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> None:
-    """Checks that cells that are done already were made as they are asked for now.
+def check_places(grid: Grid, store: CellStore) -> None:
+    """Checks that all cells can be kept, whatever arms and datasets are called.
 
     Raises:
-        InputError: If the result of another request is in a cell's place.
+        InputError: If the system takes no such path, or something else is in the place of a cell.
+    """
+    rates = {(arm, short_name(name)): config.fit_lr for arm, config in grid.arms.items() for name in grid.datasets}
+    for cell in (*grid.trials([]), *grid.cells(rates)):
+        store.check_place(cell)
+
+
+def check_done(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> None:
+    """Checks that cells that are done already were made as they are asked for now, and are not damaged.
+
+    Raises:
+        InputError: If the result of another request is in a cell's place, or something that cannot be read.
     """
     for cell in cells:
         store.check_request(cell, datasets[cell.dataset].sha256)
@@ -155,7 +166,10 @@ def check_split(name: str, dataset: Dataset, split_seed: int) -> None:
     Raises:
         InputError: If it has not.
     """
-    split, rows = split_dataset(dataset, split_seed), parse_name(name).rows
+    try:
+        split, rows = split_dataset(dataset, split_seed), parse_name(name).rows
+    except InputError as error:
+        raise InputError(f"dataset {name!r}: {error}") from None
     if len(split.test) < 2 or len(split.holdout) < 1:
         raise InputError(
             f"dataset {name!r} leaves {len(split.test)} trajectories to test on, expected at least 2, as errors "

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
+import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import pandas as pd
 
 from config import LearnConfig
 from data.behaviour import SquashedGaussianPolicy
+from data.limits import Budget
 from data.sources import source_attributes
 from data.trajectories import Dataset, Transitions
 from dynamics_model import FORMAT_VERSION, DynamicsEnsemble, load_ensemble
@@ -30,16 +35,18 @@ from evaluation.policy_values import (
     policy_values,
     simulate_policies,
 )
+from evaluation.report import slug
 from mujoco_tasks import TASKS, StepFunction, Task
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
-from utils import ROOT, InputError, atomic_write
+from utils import ROOT, InputError, atomic_write, read_file
 
 POLICIES = ROOT / "data" / "policies"  # a folder per environment, with the snapshots of a training
 PERTURBATION = 0.2  # of the copies: relative to each weight
 SIMULATOR_PACKAGES = ("gymnasium", "mujoco")
 STARTS = 32
+_AGAIN = "delete it to have it made again"
 SEED = 20_000  # of episodes and of perturbations; the seeds of a study are smaller
 
 # The reward network, where observations do not give the reward: its dynamics are linear, and not used.
@@ -120,15 +127,19 @@ def prepare_bench(dataset: Dataset, rows: Transitions, folder: Path, policies: P
         "versions": [importlib.metadata.version(name) for name in SIMULATOR_PACKAGES],
     }
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    place = folder / f"{Path(dataset.name).stem}-{key}"
-    reward = shared_reward(task, rows, place.with_suffix(".pkl"))
-    path = place.with_suffix(".npz")
-    if not path.exists():
+    place = f"{slug(dataset.name)[:100]}-{key}"
+    reward = shared_reward(task, rows, folder / f"{place}.pkl")
+    path = folder / f"{place}.npz"
+    if not os.path.lexists(path):
         truths = simulate_policies(
             list(everyone), stacked, task, reward, starts=STARTS, seed=SEED, process_noise=noise, steps=STEPS
         )
         write_truths(truths, path)
-    return PolicyBench(stacked, read_truths(path), task, reward, widened_range(rows))
+    truths = read_truths(path)
+    expected = (tuple(everyone), (STARTS, dataset.state_dim), SEED, STEPS)
+    if (truths.names, truths.starts.shape, truths.seed, truths.steps) != expected:
+        raise InputError(f"{path} is damaged: it is of other episodes; {_AGAIN}")
+    return PolicyBench(stacked, truths, task, reward, widened_range(rows))
 
 
 def load_snapshots(env_name: str | None, policies: Path = POLICIES) -> dict[str, SquashedGaussianPolicy]:
@@ -161,16 +172,26 @@ def widened_range(transitions: Transitions) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shared_reward(task: Task, transitions: Transitions, path: Path) -> StepFunction:
-    """Returns the reward model of a dataset: the task's formula where it suffices, else a network, kept as a file."""
+    """Returns the reward model of a dataset: the task's formula where it suffices, else a network, kept as a file.
+
+    Raises:
+        InputError: If the file is no such network.
+    """
     if task.reward_source == "formula":
         return task.reward
-    if not path.exists():
+    if not os.path.lexists(path):
         network = build_ensemble(_REWARD, transitions)
         for _ in train_ensemble(network, _REWARD, normalise_rows(network, transitions), score_every=None):
             pass
         with atomic_write(path) as file:
             pickle.dump((network.members(), {"format_version": FORMAT_VERSION, "seed": SEED}), file, protocol=4)
-    network = load_ensemble(path)
+    try:
+        network = load_ensemble(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{error}; {_AGAIN}") from None
+    expected = build_ensemble(_REWARD, transitions)
+    if (network.architecture, len(network)) != (expected.architecture, len(expected)):
+        raise InputError(f"{path} is damaged: it holds another network; {_AGAIN}")
     return lambda *step: network.predict_reward(*step)[0]
 
 
@@ -181,8 +202,26 @@ def write_truths(truths: PolicyTruths, path: Path) -> None:
 
 
 def read_truths(path: Path) -> PolicyTruths:
-    """Reads what ``write_truths`` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    names, seed, steps = tuple(arrays.pop("names").tolist()), int(arrays.pop("seed")), int(arrays.pop("steps"))
-    return PolicyTruths(names=names, seed=seed, steps=steps, **arrays)
+    """Reads what ``write_truths`` wrote.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        content = io.BytesIO(read_file(path))
+        with zipfile.ZipFile(content) as archive:
+            Budget(path).take(sum(part.file_size for part in archive.infolist()), "what it holds")
+        with np.load(content, allow_pickle=False) as file:
+            arrays = {field.name: file[field.name] for field in dataclasses.fields(PolicyTruths)}
+        names, seed, steps = tuple(arrays.pop("names").tolist()), int(arrays.pop("seed")), int(arrays.pop("steps"))
+        truths = PolicyTruths(names=names, seed=seed, steps=steps, **arrays)
+        starts, returns = truths.starts, truths.returns.shape
+        if starts.ndim != 2 or returns != (2, len(names), len(starts)) or returns != truths.model_paid.shape:
+            raise ValueError("its arrays do not belong together")
+        if not all(np.isfinite(values).all() for values in (starts, truths.returns, truths.model_paid)):
+            raise ValueError("its numbers are not finite")
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from None
+    return truths

@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from config import LARGEST_NUMBER
+from reporting.escape import spreadsheet_text
 from study.cells import Cell, short_name
 from study.grid import Arms, Grid
 from study.horizons import choose_horizons
+from study.schemas import CHOSEN_HORIZONS, RATES, read_table
 from study.stability import is_stray
 from study.store import CellStore
 from utils import InputError
@@ -59,18 +62,23 @@ class Tuning:
         """Reads what an earlier study has decided for arms and datasets of these names.
 
         Raises:
-            InputError: If it has not decided all of it.
+            InputError: If it has not decided all of it, or its tables are damaged.
         """
-        names = [short_name(dataset) for dataset in datasets]
+        advice = "give the folder of a study whose trials are done"
+        shown = {spreadsheet_text(name): name for name in (*arms, *map(short_name, datasets))}
         try:
-            rates, horizons = (pd.read_csv(folder / f"{name}.csv") for name in ("learning_rates", "horizons"))
-        except OSError:
-            raise InputError(
-                f"{str(folder)!r} has no learning_rates.csv and horizons.csv; give the folder of a study"
-            ) from None
+            rates = read_table(folder / "learning_rates.csv", RATES, advice, names=("arm", "dataset"))
+            horizons = read_table(folder / "horizons.csv", CHOSEN_HORIZONS, advice, names=("arm", "dataset"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{str(folder)!r} has no learning_rates.csv and horizons.csv; {advice}") from None
+        rates = rates.assign(arm=rates.arm.replace(shown), dataset=rates.dataset.replace(shown))
+        horizons = horizons.assign(dataset=horizons.dataset.replace(shown))
         known = set(rates[rates.is_chosen][["arm", "dataset"]].itertuples(index=False, name=None))
-        for arm in arms:
-            for name in names:
+        names = [short_name(dataset) for dataset in datasets]
+        for name in names:
+            if name not in set(horizons.dataset):
+                raise InputError(f"{str(folder)!r} has no horizon for {name!r}")
+            for arm in arms:
                 if (arm, name) not in known:
                     raise InputError(f"{str(folder)!r} has no rate for the arm {arm!r} on {name!r}")
         return cls(
@@ -110,7 +118,8 @@ def further_trials(trials: Sequence[Cell], store: CellStore, grid: Grid, candida
         if len(rates) - candidates >= BEYOND or 0 < best < len(rates) - 1:
             continue
         beyond = rates[0] ** 2 / rates[1] if best == 0 else rates[-1] ** 2 / rates[-2]
-        further.append(grid.trial(arm, given[dataset], float(f"{beyond:.2g}")))
+        if 0 < beyond <= LARGEST_NUMBER:
+            further.append(grid.trial(arm, given[dataset], float(f"{beyond:.2g}")))
     return further
 
 

@@ -112,9 +112,9 @@ def test_study_leaves_cells_tables_figures_and_reports(whole):
     assert len(list(whole.glob("cells/*/one/split-0-seed-*/cell.json"))) == 4
     assert len(list(whole.glob("trials/*/one/rate-*/cell.json"))) == 2
     names = {path.name for path in whole.iterdir()}
-    expected = "cells values paired stability uncertainty horizon reliability timings sensitivity"
+    expected = "cells values paired stability uncertainty horizon reliability sensitivity"
     expected += " learning_rates horizons"
-    files = {"report.html", "report.md", "study.json"}
+    files = {"report.html", "report.md", "study.json", "timings.json"}
     files |= {f"{name}.png" for name in ("effects", "horizon", "calibration", "stability", "sensitivity")}
     assert names == {f"{name}.csv" for name in expected.split()} | files | {"cells", "trials"}
     assert "| probabilistic | False | True |" in (whole / "report.md").read_text()

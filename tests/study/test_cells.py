@@ -146,13 +146,13 @@ def test_requests_tell_everything_that_decides_a_result(make_cell):
 
 
 def test_folders_appear_whole_or_not_at_all(tmp_path, monkeypatch, make_cell, make_result):
-    result = make_result(make_cell(), {"training": pd.DataFrame({"step": [0], "lr": [1 / 3]})})
+    result = make_result(make_cell(), {"curve": pd.DataFrame({"step": [0], "lr": [1 / 3]})})
     monkeypatch.setattr(cells.json, "dump", no_writing)
     with pytest.raises(OSError):
         result.write(tmp_path / "cell")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     result.write(tmp_path / "cell")
-    assert (tmp_path / "cell" / "training.csv").read_text() == "step,lr\n0,0.333333333\n"
+    assert (tmp_path / "cell" / "curve.csv").read_text() == "step,lr\n0,0.333333333\n"
     assert oct((tmp_path / "cell").stat().st_mode)[-3:] == "755"
     assert Result.read(tmp_path / "cell").record == result.record == read_record(tmp_path / "cell")

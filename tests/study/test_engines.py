@@ -7,9 +7,9 @@ from study.store import CellStore
 from utils import ROOT, InputError
 
 
-def test_what_is_done_comes_first_and_is_not_run_again(tmp_path, dataset, make_cell, make_result):
+def test_what_is_done_comes_first_and_is_not_run_again(tmp_path, dataset, make_cell, make_result, trial_tables):
     cells, store = [make_cell(seed=seed, is_trial=True, fit_lr=1 + seed) for seed in range(3)], CellStore(tmp_path)
-    store.write(cells[1].name, make_result(cells[1], val_mse=0.125))
+    store.write(cells[1].name, make_result(cells[1], trial_tables, val_mse=0.125))
     finished = list(run_missing(cells, {"one": dataset}, store, run_locally))
     assert [(done.cell, done.is_new) for done in finished] == [(cells[1], False), (cells[0], True), (cells[2], True)]
     assert finished[0].result.record.outcome.val_mse == 0.125
@@ -22,14 +22,14 @@ def test_nothing_runs_where_a_study_is_only_analysed(tmp_path, dataset, make_cel
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cell_that_another_process_is_running_comes_last(tmp_path, dataset, make_cell, make_result):
+def test_a_cell_that_another_process_is_running_comes_last(tmp_path, dataset, make_cell, make_result, trial_tables):
     held, free = make_cell(is_trial=True, fit_lr=1.0), make_cell(is_trial=True, fit_lr=0.5)
     store = CellStore(tmp_path)
     lock = CellStore(tmp_path).lock(held.name)  # as if it were another process's
     lock.acquire()
     running = run_locally([held, free], {"one": dataset}, store)
     assert next(running) == free
-    CellStore(tmp_path).write(held.name, make_result(held, val_mse=0.125))
+    CellStore(tmp_path).write(held.name, make_result(held, trial_tables, val_mse=0.125))
     lock.release()
     assert list(running) == [held]
     assert store.read(held.name).record.outcome.val_mse == 0.125  # it was waited for, not run again

@@ -83,7 +83,7 @@ def test_an_arm_that_fails_with_every_rate_tries_lower_ones_and_then_ends_the_st
 
 def test_an_earlier_study_decides_for_the_same_names(tmp_path):
     rates = [("a", "x", 0.1, False), ("a", "x", 0.2, True), ("b", "x", 0.3, True), ("c", "x", 0.4, True)]
-    table = pd.DataFrame(rates, columns=["arm", "dataset", "fit_lr", "is_chosen"])
+    table = pd.DataFrame(rates, columns=["arm", "dataset", "fit_lr", "is_chosen"]).assign(val_mse=1.0, stray=0)
     table.to_csv(tmp_path / "learning_rates.csv", index=False)
     pd.DataFrame([("x", 25), ("y", 5)], columns=["dataset", "horizon"]).to_csv(tmp_path / "horizons.csv", index=False)
     tuning = Tuning.read(tmp_path, ARMS, ["data/x.hdf5"])
