@@ -48,15 +48,15 @@ class Model:
         """
         try:
             members, metadata = dynamics_model.load_models(path)
+            ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
         except FileNotFoundError:
             raise InputError(f"model {str(path)!r} does not exist; train one with learn_model.py") from None
         except (OSError, ValueError) as error:
-            raise InputError(str(error)) from None
+            raise InputError(str(error) if str(path) in str(error) else f"{str(path)!r}: {error}") from None
         kind = members[0].network.kind
         check_metadata(metadata, f"model {str(path)!r}", kind, len(members))
         trained_on = {"name": "unknown", "env_name": None, "sha256": None, "split": {}, **metadata.get("dataset", {})}
         metadata = {"kind": kind, "config": {}, "elites": list(range(len(members))), **metadata, "dataset": trained_on}
-        ensemble = DynamicsEnsemble.from_members(members, metadata["seed"]).to(device)
         return cls(path, metadata.get("run_name") or path.stem, ensemble, metadata)
 
     @property
