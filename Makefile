@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint check study results collected clean
+.PHONY: run test lint check fuzz study results collected clean
 .PHONY: bench bench-steps bench-steps-all bench-prediction bench-env bench-planning bench-around bench-quality bench-recipes bench-headline
 
 run: $(VENV)/.installed
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 check: lint test
+
+# Thousands of mutated files, other ones every day; the tests have a few hundred, always the same.
+fuzz: $(VENV)/.installed-dev
+	FUZZ_CASES=1000 FUZZ_SEED=$$(date +%j) $(BIN)/python -m pytest tests/fuzz
 
 # Benchmarks: finished rows are skipped, so each target can be stopped and run again. On an idle machine, one at a time.
 HOPPER ?= logs/hopper-200k.hdf5
