@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pandas as pd
-from matplotlib.category import StrCategoryFormatter
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, ScalarFormatter
 
-_OWN_MATHS = "$\\mathdefault{"  # how labels of logarithmic axes begin, the only formulas in our figures
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = ("=", "+", "-", "@")
 
 
 def encodable(text: str) -> str:
@@ -69,16 +67,16 @@ def spreadsheet_text(text: str) -> str:
 @contextmanager
 def plain_texts(figure: Figure) -> Iterator[None]:
     """Makes every text of a figure show what it says, whoever set it, for the block that draws the figure."""
+    axes = [axis for each in figure.axes for axis in (each.xaxis, each.yaxis)]
+    ticks = [tick for axis in axes for tick in (*axis.majorTicks, *axis.minorTicks)]
+    set_when_drawn = {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
     for text in figure.findobj(Text):
-        if not text.get_text().startswith(_OWN_MATHS):
+        if id(text) not in set_when_drawn:
             text.set_text(figure_text(text.get_text()))
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            formatter = axis.get_major_formatter()
-            if isinstance(formatter, (FixedFormatter, StrCategoryFormatter)):  # these hold names
-                axis.set_major_formatter(
-                    FuncFormatter(lambda value, at, inner=formatter: figure_text(inner(value, at)))
-                )
+    for axis in axes:
+        formatter = axis.get_major_formatter()
+        if not isinstance(formatter, (ScalarFormatter, LogFormatter)):  # these write numbers, the others names
+            axis.set_major_formatter(FuncFormatter(lambda value, at, inner=formatter: figure_text(inner(value, at))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # it is drawn as a box
         yield

@@ -29,11 +29,19 @@ def plot_learning_curves(metrics_csv: Path, figure_png: Path) -> Path:
 
     Returns:
         ``figure_png``, now written.
+
+    Raises:
+        OSError: If the CSV is not there, or is that of something else, as the run's could not be written.
     """
-    table = pd.read_csv(metrics_csv)
+    try:
+        table = pd.read_csv(metrics_csv)
+    except ValueError as error:
+        raise OSError(f"{metrics_csv} has no metrics to draw") from error
     losses = [name for name in table if name.endswith("_loss")]  # each kind of ensemble has its own
     titles = {name: f"training loss ({name.removesuffix('_loss')})" for name in losses} | _TITLES
     names = [name for name in titles if name in table and table[name].notna().any()]
+    if not names:
+        raise OSError(f"{metrics_csv} has no metrics to draw")
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * lines), layout="constrained")

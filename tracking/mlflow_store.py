@@ -152,14 +152,14 @@ def find_run(client: MlflowClient, run_id: str | None) -> Run | None:
 
 
 def mlflow_text(text: str, longest: int = 250) -> str:
-    """Returns text as MLflow takes it anywhere, in names and in searches, too: on one line, without quotes, short.
+    """Returns text as MLflow takes it in names and in searches, too: one line without quotes and backslashes, short.
 
     Args:
         text: What a stranger may have named.
         longest: Most characters; MLflow takes 250 in names.
     """
     encodable = text.encode("utf-8", "backslashreplace").decode()
-    return re.sub(r"[^\S ]|['\"`\x00-\x1f\x7f]", "_", encodable)[:longest]
+    return re.sub(r"[^\S ]|['\"`\\\x00-\x1f\x7f]", "_", encodable)[:longest]
 
 
 def first_line(error: Exception) -> str:

@@ -232,6 +232,8 @@ def test_a_full_disk_costs_one_line_and_the_run_goes_on_later(place, small_disk,
     *_, line = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "go on with the same command and --resume --run_name r" in line
     assert target.read_text() == "the older file"
+    if flag == "--csv":
+        return  # its first rows were never on any disk
     filler.unlink()
     monkeypatch.undo()
     monkeypatch.chdir(place)
