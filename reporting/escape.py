@@ -60,7 +60,7 @@ def spreadsheet_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def spreadsheet_text(text: str) -> str:
     """Returns text as it stands in the tables of ``spreadsheet_table``."""
-    text = encodable(text)
+    text = one_line(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
