@@ -160,7 +160,7 @@ def check_output_file(path: Path, flag: str) -> None:
     try:
         if _exists(path) and not path.is_file():
             raise InputError(f"{flag} {_SHORT.repr(str(path))} is a folder or a device; give the name of a file")
-        folder = _nearest_existing(folder)
+        folder = nearest_existing(folder)
         descriptor, temporary = make_temporary(path, folder)
         os.close(descriptor)
         Path(temporary).unlink()
@@ -206,7 +206,7 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str, flag: str = 
         InputError: If it is a file, holds other files (hidden ones do not count), or cannot be made or written.
     """
     try:
-        existing = _nearest_existing(folder)
+        existing = nearest_existing(folder)
     except OSError as error:
         raise InputError(
             f"{flag} {_SHORT.repr(str(folder))} cannot be made ({error.strerror}); give another folder"
@@ -223,7 +223,7 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str, flag: str = 
         )
 
 
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """Returns the folder, or the nearest of its parents that exists, as an absolute path.
 
     Raises:

@@ -304,8 +304,6 @@ class CellRecord:
             return parse_record(
                 cls, {**plain, "request": CellRequest.from_dict(plain.get("request"), source)}, "the record"
             )
-        except InputError as error:
-            raise InputError(f"{error}; {_AGAIN}") from None
         except ValueError as error:
             raise InputError(f"{source} is damaged ({error}); {_AGAIN}") from None
 
@@ -395,7 +393,7 @@ class Result:
     def is_whole(self, is_trial: bool) -> bool:
         """Whether all tables are there that a trial, or a cell that was tested, has."""
         expected = frozenset() if self.failure is not None else OF_TRIALS if is_trial else OF_CELLS
-        return expected <= self.tables.keys()
+        return expected <= {name for name, table in self.tables.items() if len(table)}
 
 
 def read_record(folder: Path) -> CellRecord:

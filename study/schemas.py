@@ -166,7 +166,10 @@ def read_table(path: Path, schema: Schema, advice: str, names: Iterable[str] = (
         InputError: If it cannot be read, or holds something else.
     """
     try:
-        table = pd.read_csv(io.BytesIO(read_file(path)), converters=dict.fromkeys(names, str))
+        content = read_file(path)
+        table = pd.read_csv(io.BytesIO(content))
+        is_name = set(names).__contains__
+        table[[*filter(is_name, table)]] = pd.read_csv(io.BytesIO(content), usecols=is_name, dtype=str, na_filter=False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, OverflowError, MemoryError) as error:

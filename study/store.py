@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from cli import nearest_existing
 from data.limits import Budget
 from study.cells import Cell, CellRecord, Result
 from study.schemas import check_tables
@@ -100,8 +101,7 @@ class CellStore:
         folder = self.folder / cell.name
         longest = folder.with_name(f".{folder.name}.12345678") / ".member_products.csv.12345678.tmp"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                longest.lstat()
+            nearest_existing(longest)
         except OSError as error:
             raise InputError(
                 f"{str(folder)[:80]!r} ... cannot be made ({error.strerror}); give files and folders shorter names, "
