@@ -217,10 +217,14 @@ def check_output_folder(folder: Path, is_ours: bool, expected: str, flag: str = 
         raise InputError(
             f"{flag} {_SHORT.repr(str(folder))} holds other files than {expected}; give a new or empty folder"
         )
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        descriptor, temporary = make_temporary(Path("new"), existing)
+        os.close(descriptor)
+        Path(temporary).unlink()
+    except OSError:
         raise InputError(
             f"{flag} {_SHORT.repr(str(folder))} cannot be made in {_SHORT.repr(str(existing))}; give another folder"
-        )
+        ) from None
 
 
 def nearest_existing(folder: Path) -> Path:

@@ -44,6 +44,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
+import os
 import pickle
 import shlex
 import sys
@@ -54,7 +55,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import CommandLine, check_output_file, exit_on_input_error
+from cli import (
+    CommandLine,
+    check_output_file,
+    check_output_folder,
+    check_outputs,
+    dataset_paths,
+    exit_on_input_error,
+    output_path,
+)
 from data.behaviour import Policy, RandomPolicy, Snapshots, SquashedGaussianPolicy
 from utils import InputError, atomic_write, did_you_mean
 
@@ -74,6 +83,7 @@ SAC_SETTINGS: dict[str, Any] = {
     "learning_starts": 5_000,
 }
 MAX_TRAIN_STEPS = 500_000
+MOST_STEPS, MOST_NOISE = 10**9, 1e6  # beyond what anybody collects
 EVALUATE_EVERY = 5_000  # training steps between two evaluations
 EVALUATION_EPISODES = 10
 SNAPSHOTS = 12  # policies of a training that are kept
@@ -352,15 +362,23 @@ def describe_dataset(dataset: Dataset) -> list[str]:
 # --- The command ---
 
 
-def check_output(path: Path, flag: str, overwrite: bool) -> None:
-    """Checks that a file can be written and does not exist yet, unless it may be overwritten.
+def check_files(outputs: Sequence[tuple[str, Path]], sources: Sequence[tuple[str, Path]], overwrite: bool) -> None:
+    """Checks that files can be written and do not exist yet, unless they may be overwritten.
+
+    Args:
+        outputs: Flags and their paths.
+        sources: What is read, which no output replaces, whatever it is called.
+        overwrite: Whether other files may be replaced.
 
     Raises:
-        InputError: If not.
+        InputError: If one cannot be written.
     """
-    check_output_file(path, flag)
-    if path.exists() and not overwrite:
-        raise InputError(f"{str(path)!r} exists already; give another path, or --overwrite to replace it")
+    from tracking.mlflow_store import store_files, tracking_uri
+
+    check_outputs(outputs, [*sources, *(("the MLflow store", path) for path in store_files(tracking_uri()))])
+    for _, path in outputs:
+        if path.exists() and not overwrite:
+            raise InputError(f"{str(path)!r} exists already; give another path, or --overwrite to replace it")
 
 
 def versions() -> dict[str, str]:
@@ -391,7 +409,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "the .npz file that an earlier 'sac' saved; several files act one after the other, for equal numbers of steps",
     )
     parser.add_argument("--steps", type=int, default=50_000, help="transitions to collect (default 50000)")
-    parser.add_argument("--output", type=Path, help="HDF5 file to write; its folder is made where it is missing")
+    parser.add_argument("--output", type=output_path, help="HDF5 file to write; its folder is made where it is missing")
     parser.add_argument(
         "--seed", type=int, default=0, help="fixes training, start states, actions and noise (default 0)"
     )
@@ -415,7 +433,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--save_policy",
-        type=Path,
+        type=output_path,
         help="with --policy sac: where to keep the trained policy (default: --output with the ending .npz); after "
         "every evaluation it holds the best so far, so that training may be interrupted",
     )
@@ -466,13 +484,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag in ("env", "output"):
         if getattr(args, flag) is None:
             raise InputError(f"--{flag} is missing; see --help for a command that runs as it stands")
+    check_output_file(args.output, "--output")
+    outputs = [("--output", args.output)]
     if args.steps < 1:
         raise InputError(f"--steps {args.steps} is too few; expected at least 1")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed} is negative; expected 0 or more")
-    if not (math.isfinite(args.process_noise) and args.process_noise >= 0):
-        raise InputError(f"--process_noise {args.process_noise} is no standard deviation; expected 0 or more")
-    check_output(args.output, "--output", args.overwrite)
+    if args.steps > MOST_STEPS:
+        raise InputError(f"--steps {args.steps} is too many; expected at most {MOST_STEPS:,}")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed is {args.seed}; expected 0 or more, below 2^32")
+    if not 0 <= args.process_noise <= MOST_NOISE:
+        raise InputError(
+            f"--process_noise {args.process_noise} is no standard deviation; expected 0 or more, at most {MOST_NOISE:g}"
+        )
     if len(args.policy) > args.steps:
         raise InputError(f"--steps {args.steps} is too few for {len(args.policy)} policies; expected one each at least")
     if len(args.policy) > 1 and {"sac", "random"} & set(args.policy):
@@ -482,17 +505,18 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError("--policy sac needs --target_return, the return that ends training, e.g. 1500 in Hopper")
         if args.max_train_steps is not None and args.max_train_steps < 1:
             raise InputError(f"--max_train_steps {args.max_train_steps} is too few; expected at least 1")
-        if trained_policy(args) == args.output:
-            raise InputError(f"the dataset and the policy would both be {str(args.output)!r}; give two different files")
-        check_output(trained_policy(args), "--save_policy", args.overwrite)
-        if args.save_snapshots and args.save_snapshots.exists():
-            raise InputError(f"--save_snapshots {str(args.save_snapshots)!r} exists already; give a new folder")
+        outputs.append(("--save_policy", trained_policy(args)))
+        if args.save_snapshots is not None:
+            if os.path.lexists(args.save_snapshots):
+                raise InputError(f"--save_snapshots {str(args.save_snapshots)!r} exists already; give a new folder")
+            check_output_folder(args.save_snapshots, is_ours=False, expected="policies", flag="--save_snapshots")
     else:
         for flag in ("target_return", "max_train_steps", "save_policy", "save_snapshots"):
             if getattr(args, flag) is not None:
                 raise InputError(
                     f"--{flag} is for --policy sac, but --policy is {' '.join(args.policy)!r}; leave it out"
                 )
+    check_files(outputs, [("--policy", Path(name)) for name in args.policy], args.overwrite)
 
 
 def check_conversion(args: argparse.Namespace) -> None:
@@ -501,8 +525,6 @@ def check_conversion(args: argparse.Namespace) -> None:
     Raises:
         InputError: If the output is missing, cannot be written, is a source, or has another ending.
     """
-    from data.sources import existing_file
-
     if args.output is None:
         raise InputError("--output is missing: the file to write, ending in .hdf5 or .pkl")
     if args.env is not None:
@@ -510,11 +532,10 @@ def check_conversion(args: argparse.Namespace) -> None:
     if args.output.suffix not in (*HDF5_ENDINGS, *PICKLE_ENDINGS):
         endings = ", ".join((*HDF5_ENDINGS, *PICKLE_ENDINGS))
         raise InputError(f"--output {str(args.output)!r} has the ending {args.output.suffix!r}; expected {endings}")
-    for name in args.convert:
-        source = existing_file(name)
-        if source is not None and source.resolve() == args.output.resolve():
-            raise InputError(f"--output {str(args.output)!r} is what --convert reads; give another path")
-    check_output(args.output, "--output", args.overwrite)
+    sources = [("--convert", path) for path in dataset_paths(args.convert)]
+    folders = [path for _, path in sources if os.path.isdir(path)]  # noqa: PTH112 (it may be no path)
+    sources += [("--convert", path) for folder in folders for path in folder.rglob("*")]
+    check_files([("--output", args.output)], sources, args.overwrite)
 
 
 def find_environment(name: str) -> str:

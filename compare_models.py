@@ -246,7 +246,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("--configs", [path.stem for path in args.configs]),
         ("--datasets", [short_name(name) for name in args.datasets]),
         ("--split_seeds", args.split_seeds),
-        ("--learning_rates", [f"{rate:g}" for rate in args.learning_rates]),
+        ("--learning_rates", [float(f"{rate:g}") for rate in args.learning_rates]),
     ):
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{flag} names {repeated!r} twice; give each once, and files different names")

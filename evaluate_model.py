@@ -16,7 +16,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error, exit_when_out_of_memory
+from cli import (
+    CommandLine,
+    check_output_folder,
+    check_outputs,
+    choose_device,
+    dataset_paths,
+    exit_on_input_error,
+    exit_when_out_of_memory,
+)
 from utils import InputError
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
@@ -26,7 +34,9 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wai
     from evaluation.selection import Model, Selection
 
 REPORTS = Path("reports")
+LONGEST = 100  # characters of a name that a folder is called after
 HORIZONS = (1, 5, 10, 25, 50, 100, 200)
+MOST_STEPS = 10_000_000  # of a rollout: more than any trajectory has
 MAX_STARTS = 128  # start points of one trajectory tell much the same: more of them cost time and say little more
 
 
@@ -55,7 +65,7 @@ def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
         from data.audit import audit
         from data.sources import load_dataset, load_datasets
         from evaluation import selection as select
-        from evaluation.report import earlier_files, slug
+        from evaluation.report import slug
 
         models = select.load_models(args.model, device)
         datasets = [load_datasets(args.dataset, simulator_states=args.oracle, quiet=args.quiet)]
@@ -72,8 +82,8 @@ def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
         training = select.find_training_rows(model, whole, args.quiet)
         check_length(args.horizons, selection)
         check_residuals(model, selection, training)
-        folder = args.output or REPORTS / f"{slug(model.name)}-on-{slug(dataset.name)}"
-        check_output_folder(folder, is_ours=bool(earlier_files(folder)), expected="a report")
+        folder = args.output or REPORTS / f"{slug(model.name)[:LONGEST]}-on-{slug(dataset.name)[:LONGEST]}"
+        check_report(folder, args)
         oracle = find_oracle(model, dataset, selection, args.seed) if args.oracle else None
 
     from evaluation.evaluate import evaluate, summarise
@@ -217,8 +227,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: If there is one.
     """
-    if min(args.horizons) < 1:
-        raise InputError(f"--horizons got {min(args.horizons)}; expected numbers of steps, at least 1")
+    for horizon in args.horizons:
+        if not 1 <= horizon <= MOST_STEPS:
+            raise InputError(f"--horizons got {horizon}; expected numbers of steps from 1 to {MOST_STEPS:,}")
     args.horizons = sorted(set(args.horizons))
     if args.max_starts < 1:
         raise InputError(f"--max_starts is {args.max_starts}; expected at least 1")
@@ -227,6 +238,23 @@ def check_arguments(args: argparse.Namespace) -> None:
     names = [*args.dataset, *args.ood_dataset]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"dataset {repeated!r} is given twice; give every dataset once")
+
+
+def check_report(folder: Path, args: argparse.Namespace) -> None:
+    """Checks that a report can be written to a folder, and that nothing in it which must live is replaced or removed.
+
+    Raises:
+        InputError: If not.
+    """
+    from evaluation.report import earlier_files
+    from tracking.mlflow_store import store_files, tracking_uri
+
+    earlier = earlier_files(folder)
+    check_output_folder(folder, is_ours=bool(earlier), expected="a report")
+    kept = [("--model", path) for path in args.model]
+    kept += [(flag, path) for flag in ("--dataset", "--ood_dataset") for path in dataset_paths(getattr(args, flag[2:]))]
+    kept += [("the MLflow store", path) for path in store_files(tracking_uri())]
+    check_outputs([("--output", folder / name) for name in {*earlier, "report.html", "metrics.json"}], kept)
 
 
 def check_length(horizons: list[int], selection: Selection) -> None:

@@ -18,7 +18,7 @@ from evaluation.selection import MAX_ROWS, Model, Selection
 from evaluation.tables import LEVELS, Tables
 from reporting.escape import spreadsheet_table
 from reporting.page import Section, format_cell, html_page
-from utils import atomic_write, git_commit
+from utils import atomic_write, git_commit, read_file
 
 # --- What was evaluated on what ---
 
@@ -405,10 +405,16 @@ def _html_card(card: Card) -> str:
 
 
 def earlier_files(folder: Path) -> list[str]:
-    """Names of the files of an earlier report in a folder; empty where there is none."""
+    """Names of the files of an earlier report in a folder; empty where there is none.
+
+    They are removed before the next one is written, so names that no report writes are none of them.
+    """
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = json.loads(read_file(folder / "metrics.json"))["files"]
+        if not isinstance(names, list):
+            raise TypeError("it names no files")
+        return [name for name in names if re.fullmatch(r"[A-Za-z_0-9]+\.(csv|png|html|json)", name)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
@@ -429,9 +435,11 @@ def write_report(
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        spreadsheet_table(table).to_csv(folder / f"{name}.csv", index=False)
+        with atomic_write(folder / f"{name}.csv", "w") as file:
+            spreadsheet_table(table).to_csv(file, index=False)
     for name, image in figures.items():
-        (folder / f"{name}.png").write_bytes(image)
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(image)
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
     names = ["report.html", *(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures), "metrics.json"]

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +20,7 @@ import pandas as pd
 
 from config import LearnConfig
 from data.behaviour import SquashedGaussianPolicy
-from data.limits import Budget
+from data.npz import read_arrays
 from data.sources import source_attributes
 from data.trajectories import Dataset, Transitions
 from dynamics_model import FORMAT_VERSION, DynamicsEnsemble, load_ensemble
@@ -40,7 +37,7 @@ from mujoco_tasks import TASKS, StepFunction, Task
 from training.batches import normalise_rows
 from training.build import build_ensemble
 from training.loop import train_ensemble
-from utils import ROOT, InputError, atomic_write, read_file
+from utils import ROOT, InputError, atomic_write
 
 POLICIES = ROOT / "data" / "policies"  # a folder per environment, with the snapshots of a training
 PERTURBATION = 0.2  # of the copies: relative to each weight
@@ -208,11 +205,9 @@ def read_truths(path: Path) -> PolicyTruths:
         InputError: If the file is damaged.
     """
     try:
-        content = io.BytesIO(read_file(path))
-        with zipfile.ZipFile(content) as archive:
-            Budget(path).take(sum(part.file_size for part in archive.infolist()), "what it holds")
-        with np.load(content, allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in dataclasses.fields(PolicyTruths)}
+        if not path.is_file():
+            raise ValueError("it is no file")
+        arrays = read_arrays(path)
         names, seed, steps = tuple(arrays.pop("names").tolist()), int(arrays.pop("seed")), int(arrays.pop("steps"))
         truths = PolicyTruths(names=names, seed=seed, steps=steps, **arrays)
         starts, returns = truths.starts, truths.returns.shape
@@ -220,8 +215,6 @@ def read_truths(path: Path) -> PolicyTruths:
             raise ValueError("its arrays do not belong together")
         if not all(np.isfinite(values).all() for values in (starts, truths.returns, truths.model_paid)):
             raise ValueError("its numbers are not finite")
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive can raise anything
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # an InputError is a ValueError
         raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from None
     return truths

@@ -419,7 +419,7 @@ def test_policy_copied_from_an_actor_agrees_with_it(hopper):
         (["--policy", "sac"], "needs --target_return"),
         (["--policy", "sac", "--target_return", "nan"], "needs --target_return"),
         (["--policy", "sac", "--target_return", "1", "--max_train_steps", "0"], "expected at least 1"),
-        (["--policy", "sac", "--target_return", "1", "--output", "same.npz"], "give two different files"),
+        (["--policy", "sac", "--target_return", "1", "--output", "same.npz"], "is the file of --output"),
         (["--policy", "sac", "--target_return", "1", "--output", "."], "--output '.' is a folder"),
         (["--target_return", "100"], "is for --policy sac"),
         (["--save_snapshots", "all"], "is for --policy sac"),
@@ -607,7 +607,7 @@ def test_a_conversion_onto_its_source_is_refused(source, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main(["--convert", str(source), "--output", str(source), "--overwrite"])
-    assert_one_line(capsys, "is what --convert reads")
+    assert_one_line(capsys, "is the file of --convert, which it would overwrite")
 
 
 # ------------------------------------------------------------------------------------------------ described, bundled
