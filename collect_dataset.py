@@ -62,6 +62,7 @@ from cli import (
     check_outputs,
     dataset_paths,
     exit_on_input_error,
+    exit_when_out_of_memory,
     output_path,
 )
 from data.behaviour import Policy, RandomPolicy, Snapshots, SquashedGaussianPolicy
@@ -588,49 +589,69 @@ def describe_policies(shares: Sequence[tuple[Policy, int]]) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Collects one dataset, or describes or converts some."""
     args = parse_arguments(argv)
     command = shlex.join(["python", "collect_dataset.py", *(sys.argv[1:] if argv is None else argv)])
-    with exit_on_input_error():
-        if args.describe:
-            print(describe(args.describe))
-            return
-        if args.convert:
-            check_conversion(args)
-            dataset = convert(args.convert, args.output, command)
-            for finding in dataset.findings:
-                if finding.matters:
-                    print(f"note: {finding}", file=sys.stderr)
-            print(f"{args.output}: {dataset.num_rows} rows of {len(dataset.trajectories)} trajectories")
-            return
-        check_arguments(args)
-        args.env = find_environment(args.env)
-        env = make_env(args.env)
-        shown = position_count(env) if args.hide_velocities else None
-        shares = even_shares(choose_policies(args, env), args.steps)
-        columns, returns = collect(env, shares, args.seed, args.process_noise)
-        for key in ("observations", "next_observations"):
-            columns[key] = columns[key][:, :shown]
-        if args.drop_next_observations:
-            del columns["next_observations"]
-        attributes = {
-            "env_name": args.env,
-            **({"hidden": "velocities"} if args.hide_velocities else {}),
-            **describe_policies(shares),
-            "seed": args.seed,
-            "process_noise": args.process_noise,
-            "episodes": len(returns),
-            **({"mean_return": np.mean(returns)} if returns else {}),
-            "command": command,
-            **versions(),
-        }
-        from data.hdf5 import write_hdf5
+    try:
+        with exit_on_input_error(), exit_when_out_of_memory("lower --steps, or give less data"):
+            said = run(args, command)
+    except OSError as error:
+        print(f"error: {error}; mend it and give the same command again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(said.encode("utf-8", "backslashreplace").decode())
+    return 0
 
-        write_hdf5(args.output, columns, attributes, compression=9)
-        mean_return = f", mean return {np.mean(returns):.0f}" if returns else ""
-        print(f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes{mean_return}")
+
+def run(args: argparse.Namespace, command: str) -> str:
+    """Describes, converts or collects, and returns what to print.
+
+    Args:
+        args: The command line.
+        command: The same as it was typed.
+
+    Raises:
+        InputError: If something given cannot be used.
+    """
+    if args.describe:
+        return describe(args.describe)
+    if args.convert:
+        check_conversion(args)
+        dataset = convert(args.convert, args.output, command)
+        for finding in dataset.findings:
+            if finding.matters:
+                print(f"note: {finding}", file=sys.stderr)
+        return f"{args.output}: {dataset.num_rows} rows of {len(dataset.trajectories)} trajectories"
+    check_arguments(args)
+    args.env = find_environment(args.env)
+    env = make_env(args.env)
+    shown = position_count(env) if args.hide_velocities else None
+    shares = even_shares(choose_policies(args, env), args.steps)
+    columns, returns = collect(env, shares, args.seed, args.process_noise)
+    for key in ("observations", "next_observations"):
+        columns[key] = columns[key][:, :shown]
+    if args.drop_next_observations:
+        del columns["next_observations"]
+    attributes = {
+        "env_name": args.env,
+        **({"hidden": "velocities"} if args.hide_velocities else {}),
+        **describe_policies(shares),
+        "seed": args.seed,
+        "process_noise": args.process_noise,
+        "episodes": len(returns),
+        **({"mean_return": np.mean(returns)} if returns else {}),
+        "command": command,
+        **versions(),
+    }
+    from data.hdf5 import write_hdf5
+
+    write_hdf5(args.output, columns, attributes, compression=9)
+    mean_return = f", mean return {np.mean(returns):.0f}" if returns else ""
+    return f"{args.output}: {args.steps} transitions, {len(returns)} whole episodes{mean_return}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error
+from cli import CommandLine, check_output_folder, choose_device, exit_on_input_error, exit_when_out_of_memory
 from utils import InputError
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, which --help need not wait for
@@ -49,9 +49,18 @@ LEARNING_RATES = (2e-3, 5e-3, 1.2e-2)  # where the best one is at an edge, trial
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command: everything a user can get wrong is checked before the first file is written."""
+    """Runs the command."""
     args = parse_arguments(argv)
+    with exit_when_out_of_memory("lower ensemble_size, hidden_size or batch_size; what is finished is kept"):
+        return compare(args)
 
+
+def compare(args: argparse.Namespace) -> int:
+    """Compares and writes the report: everything a user can get wrong is checked before the first file is written.
+
+    Returns:
+        The exit code.
+    """
     from reporting.escape import encodable
     from study.engines import run_missing
     from study.grid import Grid, check_done, check_places, load_arms, load_datasets
@@ -227,6 +236,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: If something cannot be used.
     """
+    from reporting.escape import encodable
     from study.cells import short_name
     from study.grid import TRIAL_SEED
 
@@ -250,6 +260,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     ):
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{flag} names {repeated!r} twice; give each once, and files different names")
+        if odd := next((name for name in names if str(name) != encodable(str(name))), None):
+            raise InputError(f"{flag} names {odd!r}, which is no text; give the file another name")
     if len(args.configs) < 2:
         raise InputError(f"--configs names one arm, {str(args.configs[0])!r}; expected at least two to compare")
 

@@ -44,8 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     args = parse_arguments(argv)
     command = shlex.join(["python", "evaluate_model.py", *(sys.argv[1:] if argv is None else argv)])
-    with exit_when_out_of_memory("lower --max_starts, or give less data"):
-        return evaluate_and_report(args, command)
+    try:
+        with exit_when_out_of_memory("lower --max_starts, or give less data"):
+            return evaluate_and_report(args, command)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
@@ -92,6 +96,7 @@ def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
     from evaluation.predictions import gather_rows
     from evaluation.report import EvaluationFacts, html_report, write_report
     from evaluation.tables import cross_dataset_table
+    from reporting.escape import encodable
 
     facts = EvaluationFacts.of(
         model,
@@ -137,7 +142,7 @@ def evaluate_and_report(args: argparse.Namespace, command: str) -> int:
 
         log_evaluation(model.metadata["mlflow_run_id"], slug(dataset.name), summary, files)
     if not args.quiet:
-        print(results_text(facts, summary, args.horizons, folder))
+        print(encodable(results_text(facts, summary, args.horizons, folder)))
     return 0
 
 

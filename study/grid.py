@@ -92,21 +92,22 @@ class Grid:
 
 
 def check_places(grid: Grid, store: CellStore) -> None:
-    """Checks that all cells can be kept, whatever arms and datasets are called.
+    """Checks that all cells can be kept, whatever arms and datasets are called, and that what is kept can be read.
 
     Raises:
-        InputError: If the system takes no such path, or something else is in the place of a cell.
+        InputError: If the system takes no such path, something else is in the place of a cell, or a cell is damaged.
     """
     rates = {(arm, short_name(name)): config.fit_lr for arm, config in grid.arms.items() for name in grid.datasets}
     for cell in (*grid.trials([]), *grid.cells(rates)):
         store.check_place(cell)
+        store.has(cell)
 
 
 def check_done(cells: Sequence[Cell], datasets: Datasets, store: CellStore) -> None:
-    """Checks that cells that are done already were made as they are asked for now, and are not damaged.
+    """Checks that cells that are done already were made as they are asked for now.
 
     Raises:
-        InputError: If the result of another request is in a cell's place, or something that cannot be read.
+        InputError: If the result of another request is in a cell's place, or a cell is damaged.
     """
     for cell in cells:
         store.check_request(cell, datasets[cell.dataset].sha256)
