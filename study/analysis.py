@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from study.cells import Result
-from study.metrics import LARGEST, SPREAD, Metric, Results, metrics_of
+from study.metrics import LARGEST, PRIMARY, SPREAD, Metric, Results, find_metrics, metrics_of
 from study.paired_statistics import (
     FEWEST_PAIRS,
     REPLICATES,
@@ -28,8 +28,15 @@ from study.paired_statistics import (
     resample_counts,
     seed_interval,
 )
-from study.policy_analysis import paired_propagations, paired_values, predictors_of_values, values_of_arms
+from study.policy_analysis import (
+    mean_values,
+    paired_propagations,
+    paired_values,
+    predictors_of_values,
+    values_of_arms,
+)
 from study.stability import member_logs, spread_ratio, stability_table
+from study.verdicts import judge_claims
 
 POOLED = "all datasets"
 _PAIRED = ["metric", "dataset", "arm", "reference", "compared", "pairs", "trajectories", "horizon"]
@@ -101,8 +108,8 @@ def analyse(results: Results, horizons: Mapping[str, int]) -> Tables:
         horizons: The horizon of rollouts by dataset, which was chosen on validation trajectories.
 
     Returns:
-        ``cells``, ``values``, ``paired``, ``stability``, ``uncertainty``, ``horizon``, ``reliability``, ``timings``,
-        and those of ``policy_tables``.
+        ``cells``, ``values``, ``paired``, ``stability``, ``uncertainty``, ``claims`` (``verdicts.judge_claims``),
+        ``horizon``, ``reliability``, ``timings``, and those of ``policy_tables``.
     """
     arms = list(dict.fromkeys(key.arm for key in results))
     datasets = list(dict.fromkeys(key.dataset for key in results))
@@ -116,18 +123,31 @@ def analyse(results: Results, horizons: Mapping[str, int]) -> Tables:
         for key, result in results.items()
         if result.failure is None
     }
-    cells = cells_table(results, runs, metrics)
+    cells, paired = cells_table(results, runs, metrics), paired_table(results, runs, _pairs(arms), horizons)
+    policies = policy_tables(results, cells, metrics)
     return {
         "cells": cells,
         "values": values_table(results, runs),
-        "paired": paired_table(results, runs, arms, datasets, horizons),
+        "paired": paired,
         "stability": stability_table(results, errors),
         "uncertainty": uncertainty_table(results),
+        "claims": judge_claims(tables_of_claims(results, paired, policies)),
         "horizon": horizon_table(results),
         "reliability": reliability_table(results),
         "timings": timings_table(results),
-        **policy_tables(results, cells, metrics),
+        **policies,
     }
+
+
+def tables_of_claims(results: Results, paired: pd.DataFrame, policies: Tables) -> Tables:
+    """Returns the tables that claims are held against.
+
+    Args:
+        results: Results of a study.
+        paired: Table of ``paired_table``, which may hold more arms than the study: the twins of a further one.
+        policies: Tables of ``policy_tables``.
+    """
+    return {"paired": paired, "uncertainty_of_cells": _of_all_cells(results, "uncertainty"), **policies}
 
 
 # --- Metrics, and their resampling over trajectories ---
@@ -223,9 +243,15 @@ def values_table(results: Results, runs: AllRuns) -> pd.DataFrame:
 
 
 def paired_table(
-    results: Results, runs: AllRuns, arms: Sequence[str], datasets: Sequence[str], horizons: Mapping[str, int]
+    results: Results, runs: AllRuns, pairs: Sequence[tuple[str, str]], horizons: Mapping[str, int]
 ) -> pd.DataFrame:
-    """Compares every two arms on every dataset, and over all datasets, where the effect is the mean of theirs.
+    """Compares two arms on every dataset, and over all datasets, where the effect is the mean of theirs.
+
+    Args:
+        results: Results of a study.
+        runs: Its metrics.
+        pairs: A reference and the arm that is compared with it, each.
+        horizons: Of rollouts, by dataset.
 
     Returns:
         metric, dataset (or ``all datasets``), arm, reference, compared (``ratio`` or ``difference``), pairs (of seeds;
@@ -235,8 +261,9 @@ def paired_table(
     """
     records = []
     metrics = {name: of_arm.metric for (name, *_), of_arm in runs.items()}
+    datasets = list(dict.fromkeys(key.dataset for key in results))
     for metric in metrics.values():
-        for reference, arm in itertools.combinations(arms, 2):
+        for reference, arm in pairs:
             differences = {d: runs[metric.name, arm, d].minus(runs[metric.name, reference, d]) for d in datasets}
             differences = {dataset: found for dataset, found in differences.items() if found.values}
             estimates = {dataset: found.estimate() for dataset, found in differences.items()}
@@ -254,9 +281,39 @@ def paired_table(
                 numbers = next(iter(differences.values())).in_units(pool(list(estimates.values())))
                 lines.append(_over_datasets(lines, numbers))
             records += _lines(metric, arm, reference, lines)
-    for reference, arm in itertools.combinations(arms, 2):
+    for reference, arm in pairs:
         records += _lines(SPREAD, arm, reference, _compare_spreads(results, arm, reference, datasets))
     return pd.DataFrame(records, columns=_PAIRED)
+
+
+def twins_table(results: Results, twins: Results, horizons: Mapping[str, int]) -> pd.DataFrame:
+    """Compares the arms of a study with those of another one that changes one setting of all, on what both have.
+
+    Args:
+        results: Results of a study.
+        twins: Results of the other.
+        horizons: Of rollouts, by dataset; the cells of both must have them.
+
+    Returns:
+        As ``paired_table``, of the primary metrics; the arms of ``twins`` are named ``ARM_ln``, and each is compared
+        with its twin alone: layer normalisation is what the study has for a second setting.
+    """
+    shared = {key.dataset for key in results} & {key.dataset for key in twins}
+    both = {key: result for key, result in results.items() if key.dataset in shared}
+    both |= {key._replace(arm=twin_of(key.arm)): twin for key, twin in twins.items() if key.dataset in shared}
+    arms = dict.fromkeys(key.arm for key in both)
+    pairs = [(arm, twin_of(arm)) for arm in arms if twin_of(arm) in arms]
+    metrics = [metric for metric in find_metrics(PRIMARY).values() if metric is not SPREAD]  # it is not read from cells
+    runs = {
+        (metric.name, arm, dataset): gather_runs(both, metric, arm, dataset, horizons[dataset])
+        for metric, arm, dataset in itertools.product(metrics, itertools.chain(*pairs), shared)
+    }
+    return paired_table(both, runs, pairs, horizons)
+
+
+def twin_of(arm: str) -> str:
+    """Returns the name of an arm with layer normalisation."""
+    return f"{arm}_ln"
 
 
 def against_first(paired: pd.DataFrame) -> pd.DataFrame:
@@ -361,8 +418,9 @@ def policy_tables(results: Results, cells: pd.DataFrame, metrics: Sequence[Metri
     """Analyses what policies are worth in the models; nothing where no cell has evaluated any.
 
     Returns:
-        ``policies`` (``policy_analysis.values_of_arms``), ``policies_paired`` (``paired_values``),
-        ``policies_propagations`` (``paired_propagations``) and ``policies_foreseen`` (``predictors_of_values``).
+        ``policies`` (``policy_analysis.values_of_arms``), ``policies_values`` (``mean_values``), ``policies_paired``
+        (``paired_values``), ``policies_propagations`` (``paired_propagations``) and ``policies_foreseen``
+        (``predictors_of_values``).
     """
     tables = {key: r.tables["policy_values"] for key, r in results.items() if "policy_values" in r.tables}
     if not tables:
@@ -370,10 +428,15 @@ def policy_tables(results: Results, cells: pd.DataFrame, metrics: Sequence[Metri
     place = ["arm", "dataset", "seed", "split"]
     return {
         "policies": values_of_arms(tables),
+        "policies_values": mean_values(tables),
         "policies_paired": paired_values(tables),
         "policies_propagations": paired_propagations(tables),
         "policies_foreseen": predictors_of_values(tables, cells[place + [metric.name for metric in metrics]]),
     }
+
+
+def _pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    return list(itertools.combinations(arms, 2))
 
 
 def _of_all_cells(results: Results, name: str) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from reporting.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, S
 from study.analysis import POOLED, Tables, against_first
 from study.metrics import find_metrics
 
+_IN_CURVES = ("nrmse", "median_error", "nll", "rollout_mean")
 SHOWN = ("nrmse", "median_error", "nll", "rollout_mean", "rollout_tsinf", "spearman")  # of the metrics, in figures
 CAPTIONS = {
     "effects": "Each arm against the first one, with 95 % intervals: ratios of errors, or differences (of NLL in "
@@ -30,6 +31,11 @@ CAPTIONS = {
     "members that are stray, more than twice the median off. 95 % intervals; the members of all seeds count.",
     "sensitivity": "Validation error of the median member against the learning rate, one trial each; the filled marker "
     "is the rate that was chosen. A flat curve forgives.",
+    "values": "What each policy returns in the models of an arm (TSinf, mean over runs) against what it returns in the "
+    "simulator. On the dotted line the models are right.",
+    "foreseen": "Rank correlation, over models, of each metric with the error of policies' values: the mean over "
+    "datasets with its 95 % interval (filled), each dataset (grey), and the same within arms (hollow). A metric that "
+    "is to be trusted lies far from 0; where less is worse, as for skill, it lies to the left.",
 }
 _COLOURS = {
     "dnn": BLUE,
@@ -68,15 +74,18 @@ def draw_figures(tables: Tables) -> dict[str, bytes]:
             "stability": draw_stability(tables["stability"]),
         }
         if len(tables["paired"]):  # else no two arms have trainings that did not fail
-            figures["effects"] = draw_effects(tables["paired"])
+            figures["effects"] = draw_effects(against_first(tables["paired"]))
         if "val_mse" in tables["learning_rates"]:
             figures["sensitivity"] = draw_sensitivity(tables["learning_rates"])
+        if "policies" in tables:
+            figures["values"] = draw_values(tables["policies_values"])
+            if len(tables["policies_foreseen"]):
+                figures["foreseen"] = draw_foreseen(tables["policies_foreseen"])
         return {name: png(figure, dpi=150) for name, figure in figures.items()}
 
 
 def draw_effects(paired: pd.DataFrame) -> Figure:
-    """Forest plot: a panel per shown metric, a line per dataset, a marker per arm against the first one."""
-    paired = against_first(paired)
+    """Forest plot: a panel per shown metric, a line per dataset, a marker per arm against its reference."""
     paired = paired[paired.dataset != POOLED]
     metrics = find_metrics(name for name in SHOWN if name in set(paired.metric))
     datasets, colours = list(dict.fromkeys(paired.dataset)), arm_colours([paired.reference.iloc[0], *paired.arm])
@@ -177,18 +186,81 @@ def draw_sensitivity(rates: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_curves(values: pd.DataFrame, setting: str, label: str) -> bytes:
+def draw_values(values: pd.DataFrame) -> Figure:
+    """Predicted against true values of policies, a panel per dataset, a marker per policy and arm."""
+    groups, colours = list(values.groupby("dataset", sort=False)), arm_colours(values.arm)
+    figure, panels = _panels(len(groups))
+    for axes, (dataset, rows) in zip(panels, groups, strict=True):
+        limits = rows.true.min(), rows.true.max()
+        axes.plot(limits, limits, ":", color=DARK, lw=1, label="right")
+        for place, (arm, points) in enumerate(rows.groupby("arm", sort=False)):
+            marker = _MARKERS[place % len(_MARKERS)]
+            axes.plot(points.true, points.predicted, marker, color=colours[arm], ms=3.5, mfc="none", label=arm)
+        axes.set(title=dataset, xlabel="true return")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4))
+    _label_left(panels, "predicted return")
+    _share_legend(figure, panels[0])
+    return figure
+
+
+def draw_foreseen(foreseen: pd.DataFrame) -> Figure:
+    """Dot plot: a line per metric, the strongest above, with the correlation of all datasets and that of each."""
+    pooled = foreseen[foreseen.dataset == POOLED]
+    single = foreseen[foreseen.dataset != POOLED]
+    at = {metric: place for place, metric in enumerate(pooled.metric)}
+    labels = find_metrics(pooled.metric)
+    figure = Figure(figsize=(6.4, 0.25 * len(pooled) + 1.5))
+    axes = figure.subplots()
+    axes.axvline(0, color=DARK, lw=1, ls=":")
+    axes.plot(single.rho, single.metric.map(at), "o", color=GREY, alpha=0.6, ms=3, label="a dataset")
+    axes.hlines(pooled.metric.map(at), pooled.low, pooled.high, color=BLUE, lw=1.6)
+    axes.plot(pooled.rho, pooled.metric.map(at), "o", color=BLUE, ms=5.5, label="mean over datasets")
+    axes.plot(pooled.within_arms, pooled.metric.map(at), "D", color=ORANGE, mfc="white", ms=5, label="within arms")
+    axes.set_yticks(range(len(at)), [labels[metric].label for metric in at])
+    axes.set(ylim=(len(at) - 0.5, -0.5), xlim=(-1, 1), xlabel="rank correlation with the error of values")
+    _share_legend(figure, axes)
+    return figure
+
+
+def draw_splits(cells: pd.DataFrame) -> bytes:
+    """Draws metrics on several splits: a row per metric, a panel per dataset, a line per arm from split to split.
+
+    Args:
+        cells: Table ``analysis.cells_table`` of studies, one below the other; seeds of a split are averaged.
+
+    Returns:
+        A PNG file.
+    """
+    names = [name for name in _IN_CURVES if name in cells]
+    rows = cells.groupby(["arm", "dataset", "split"], sort=False)[names].mean().reset_index()
+    rows = rows.melt(["arm", "dataset", "split"], var_name="metric").assign(low=np.nan, high=np.nan)
+    return draw_curves(rows, "split", "split", is_amount=False)
+
+
+def draw_twins(twins: pd.DataFrame) -> bytes:
+    """Draws what a setting changes, from ``analysis.twins_table``: as ``draw_effects``, each arm against its twin.
+
+    Returns:
+        A PNG file.
+    """
+    with matplotlib.rc_context(STYLE):
+        return png(draw_effects(twins.assign(arm=twins.reference)), dpi=150)
+
+
+def draw_curves(values: pd.DataFrame, setting: str, label: str, *, is_amount: bool = True) -> bytes:
     """Draws metrics against a setting in which studies differ: a row per metric, a panel per dataset, a line per arm.
 
     Args:
         values: Tables ``values`` of these studies, one below the other.
         setting: Column of the setting.
         label: What to call it.
+        is_amount: Whether it is an amount, and its axis logarithmic; else its values are names.
 
     Returns:
         A PNG file.
     """
-    names = [name for name in ("nrmse", "median_error", "nll", "rollout_mean") if name in set(values.metric)]
+    names = [name for name in _IN_CURVES if name in set(values.metric)]
     metrics, datasets = find_metrics(names), list(dict.fromkeys(values.dataset))
     colours = arm_colours(values.arm)
     with matplotlib.rc_context(STYLE):
@@ -201,8 +273,13 @@ def draw_curves(values: pd.DataFrame, setting: str, label: str) -> bytes:
                 for arm, line in rows.sort_values(setting).groupby("arm", sort=False):
                     axes.vlines(line[setting], line.low, line.high, color=colours[arm], lw=1)
                     axes.plot(line[setting], line.value, "o-", color=colours[arm], ms=4, label=arm)
-                axes.set(xscale="log")
-                _plain_ticks(axes.xaxis)
+                if is_amount:
+                    axes.set_xscale("log")
+                    axes.set_xticks(sorted(values[setting].unique()))
+                    axes.xaxis.set_major_formatter(FuncFormatter(_short_amount))
+                    axes.xaxis.set_minor_locator(NullLocator())
+                else:
+                    axes.set_xticks(sorted(values[setting].unique()))
                 if metric.is_ratio:
                     axes.set_yscale("log")
                     _plain_ticks(axes.yaxis)
@@ -215,6 +292,10 @@ def draw_curves(values: pd.DataFrame, setting: str, label: str) -> bytes:
 
 
 # --- Axes ---
+
+
+def _short_amount(value: float, _: object) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _panels(

@@ -23,6 +23,8 @@ RANK_MARGIN = 0.05  # of rank correlations and AUROC
 ECE_MARGIN = 0.01  # of coverage
 SHARE_MARGIN = 0.05  # of simulated paths
 
+PRIMARY = ("nrmse", "median_error", "nll", "rollout_mean", "spearman", "member_spread")  # and the error of values
+
 LARGEST = 1e6  # the largest error of a rollout that is counted as it is: exploded ones may overflow
 TOTAL = "total_std"  # the measure of uncertainty that metrics are of; tables have all
 TEST = "test"  # in the column ``rows`` of the table ``uncertainty``: test rows, no probe

@@ -90,6 +90,18 @@ def values_of_arms(tables: PolicyTables) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
+def mean_values(tables: PolicyTables) -> pd.DataFrame:
+    """Lists what each policy is worth in the models of an arm, of the values that are compared first.
+
+    Returns:
+        arm, dataset, policy, true, predicted (mean over runs).
+    """
+    chosen = [table.assign(arm=key.arm, dataset=key.dataset) for key, table in tables.items()]
+    rows = pd.concat(chosen, ignore_index=True)
+    rows = rows[(rows.propagation == PRIMARY["propagation"]) & (rows.horizon == PRIMARY["horizon"])]
+    return rows.groupby(["arm", "dataset", "policy"], sort=False)[["true", "predicted"]].mean().reset_index()
+
+
 def paired_values(tables: PolicyTables) -> pd.DataFrame:
     """Compares the errors of values of every two arms: models of the same seed and split, on the same policies.
 

@@ -24,7 +24,7 @@ from study.metrics import RANK_MARGIN, Metric, find_metrics
 from study.paired_statistics import FEWEST_PAIRS, Estimate
 from study.policy_analysis import POOLED, VALUE_ERROR
 
-Expected = Literal["lower", "not higher", "higher", "different"]
+Expected = Literal["lower", "not higher", "higher", "not lower", "different", "same"]
 Tables = dict[str, pd.DataFrame]
 
 
@@ -68,6 +68,7 @@ class ArmsCompared:
         table: Name of the table: metric, arm, reference, dataset, low, high, and more.
         where: Values of further columns.
         without: Datasets with one of these words in their name are not what the claim is about.
+        only: Where there are any, only datasets with one of these words in their name are.
     """
 
     metric: str
@@ -77,6 +78,7 @@ class ArmsCompared:
     table: str = "paired"
     where: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     @property
     def measure(self) -> str:
@@ -107,7 +109,11 @@ class ArmsCompared:
                 else turned.assign(low=-high, high=-low)
             )
         rows = [Interval(row.dataset, row.low, row.high) for row in found.itertuples() if row.dataset != POOLED]
-        return [row for row in rows if not any(word in row.dataset for word in self.without)]
+        return [row for row in rows if self._is_meant(row.dataset)]
+
+    def _is_meant(self, dataset: str) -> bool:
+        is_chosen = not self.only or any(word in dataset for word in self.only)
+        return is_chosen and not any(word in dataset for word in self.without)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ class MetricForesees:
 
 
 def _than(expected: Expected) -> str:
-    return "different from" if expected == "different" else f"{expected} than"
+    return {"different": "different from", "same": "the same as"}.get(expected, f"{expected} than")
 
 
 def _chosen(table: pd.DataFrame | None, where: dict[str, str]) -> pd.DataFrame:
@@ -233,7 +239,7 @@ NI = "Ni et al. 2025, Long-horizon model-based offline reinforcement learning wi
 BENECHEHAB = "Benechehab, Thomas and Kégl 2024, Deep autoregressive density nets vs neural ensembles (arXiv:2402.02858)"
 
 _HIDDEN = ("hidden",)
-_LONG = {"propagation": "tsinf", "horizon": "truncated"}
+LONG = {"propagation": "tsinf", "horizon": "truncated"}
 _VISITED = "other_policies"
 
 CLAIMS = (
@@ -244,7 +250,7 @@ CLAIMS = (
         "control of Acrobot by random shooting, little data",
         (
             ArmsCompared("rollout_mean", "dnn", "pnn", "not higher", without=_HIDDEN),
-            ArmsCompared("value_error", "dnn", "pnn", "not higher", "policies_paired", _LONG, without=_HIDDEN),
+            ArmsCompared("value_error", "dnn", "pnn", "not higher", "policies_paired", LONG, without=_HIDDEN),
         ),
     ),
     Claim(
@@ -309,7 +315,7 @@ CLAIMS = (
         "abstract, and a published summary of the method",
         "Control needs models that know what they do not know: hence ensembles, and of probabilistic networks.",
         "control by planning, four MuJoCo tasks",
-        (ArmsCompared("value_error", "pnn", "dnn", "lower", "policies_paired", _LONG),),
+        (ArmsCompared("value_error", "pnn", "dnn", "lower", "policies_paired", LONG),),
     ),
     Claim(
         CHUA,
@@ -361,13 +367,17 @@ def reading(interval: Interval, neutral: tuple[float, float], expected: Expected
         "lower": is_lower,
         "higher": is_higher,
         "not higher": high <= neutral[1],
+        "not lower": low >= neutral[0],
         "different": is_lower or is_higher,
+        "same": is_tie,
     }
     against = {
         "lower": is_tie or is_higher,
         "higher": is_tie or is_lower,
         "not higher": is_higher,
+        "not lower": is_lower,
         "different": is_tie,
+        "same": is_lower or is_higher,
     }
     return "holds" if holds[expected] else "against" if against[expected] else "open"
 

@@ -38,6 +38,11 @@ ANSWERS_INTRO = (
     "95 % interval leaves the margin (5 % of an error; see the metrics), a tie when the interval stays inside. Behind "
     "it the mean over datasets and its range over them; ratios below 1 are lower errors."
 )
+CLAIMS_INTRO = (
+    "Of each dataset an interval makes a claim hold, goes against it or stays open, by the margin of the metric; what "
+    "holds on more than half of the datasets agrees, what goes against more than half disagrees, all else cannot be "
+    "told. A claim with several parts agrees where all of them do, and disagrees where one does."
+)
 _HEADINGS = {"horizon": "steps"}
 _WIDE_FIGURES = """.figures { display: block; }
 figure { overflow-x: auto; } figure img, figcaption { max-width: 1100px; } figure img { min-width: 640px; }
@@ -92,6 +97,7 @@ def write_study(
         raise FileNotFoundError(f"{folder} has no cell whose training has succeeded: nothing to compare")
     results = {key: condense(result, [tuning.horizon[key.dataset]]) for key, result in results.items()}
     tables = analyse(results, tuning.horizon) | {"sensitivity": sensitivity_table(tuning.rates)}
+    tables["extent"] = extent_table(results, grid)
     files = [save_table(table, folder / f"{name}.csv") for name, table in tables.items() if name != "timings"]
     files.append(save_timings(tables["timings"], folder / "timings.json"))
     facts = gather_facts(results, grid, datasets, command)
@@ -110,6 +116,19 @@ def save_timings(timings: pd.DataFrame, path: Path) -> Path:
     with atomic_write(path, "w") as file:
         timings.to_json(file, orient="records", indent=2)
     return path
+
+
+def extent_table(results: Results, grid: Grid) -> pd.DataFrame:
+    """Says how much of a study there is.
+
+    Returns:
+        One row: arms, datasets, splits, seeds (how many were asked for), planned, done, failed (trainings; those that
+        failed are among those that are done).
+    """
+    failed = sum(result.failure is not None for result in results.values())
+    sizes = {"arms": len(grid.arms), "datasets": len(grid.datasets), "splits": len(grid.split_seeds)}
+    done = {"seeds": len(grid.seeds), "planned": len(grid), "done": len(results), "failed": failed}
+    return pd.DataFrame([sizes | done])
 
 
 def gather_facts(results: Results, grid: Grid, datasets: Datasets, command: str) -> StudyFacts:
@@ -278,12 +297,13 @@ def build_sections(facts: StudyFacts, tables: Tables) -> list[Section]:
             details={"All trials": tables["learning_rates"]},
         ),
         *policy_sections(tables),
+        *claim_sections(tables["claims"]),
         Section("What this does not show", " ".join(LIMITS)),
         Section(
             "How it was made",
             facts.command,
-            tables={"Origin of the cells": facts.origin},
-            details={"What it took": tables["timings"]},
+            tables={"Where the time goes": time_by_part(tables["timings"]), "Origin of the cells": facts.origin},
+            details={"What each training took": tables["timings"]},
         ),
     ]
 
@@ -297,6 +317,7 @@ def policy_sections(tables: Tables) -> list[Section]:
             "Does it matter downstream?",
             "What policies are worth in the models beside what they earn in the simulator: errors of values over the "
             "range of true ones. The propagation simulator shows what the shared reward model alone is to blame for.",
+            figures=["values", "foreseen"] if len(tables["policies_foreseen"]) else ["values"],
             tables={"By arm": tables["policies"], "Which metric foresees the error": tables["policies_foreseen"]},
             details={
                 "Arms in pairs": tables["policies_paired"],
@@ -304,6 +325,42 @@ def policy_sections(tables: Tables) -> list[Section]:
             },
         )
     ]
+
+
+def claim_sections(claims: pd.DataFrame) -> list[Section]:
+    """Returns the part about what others have claimed; none where the study says nothing about any of it.
+
+    Args:
+        claims: Table of ``verdicts.judge_claims``.
+    """
+    claims = claims[(claims.group == "others") & claims[["holds", "against", "open"]].any(axis=1)]
+    if claims.empty:
+        return []
+    names = {"setting": "their setting", "measure": "our measure", "holds": "holds on", "against": "goes against"}
+    table = claims[["claim", "source", "setting", "measure", "holds", "against", "open", "verdict"]]
+    return [Section("Claims of others", CLAIMS_INTRO, tables={"Verdicts": table.rename(columns=names)})]
+
+
+def time_by_part(timings: pd.DataFrame) -> pd.DataFrame:
+    """Says where the time of a training goes.
+
+    Args:
+        timings: Table of ``analysis.timings_table``.
+
+    Returns:
+        part, seconds (mean over trainings), share (of the whole), least, most (means of the arm that takes the least
+        and of the one that takes the most, named).
+    """
+    total = timings.assign(total=timings.runs * timings.seconds).groupby("part", sort=False).total.sum()
+    trainings = timings.groupby(["arm", "dataset"]).runs.max().sum()
+    of_arm = timings.groupby(["part", "arm"], sort=False).seconds.mean()
+    records = []
+    for part, seconds in total.items():
+        arms = of_arm[part].sort_values()
+        ends = {name: f"{arms.iloc[at]:.1f} {arms.index[at]}" for name, at in (("least", 0), ("most", -1))}
+        share = f"{seconds / total.sum():.0%}"
+        records.append({"part": part, "seconds": f"{seconds / trainings:.1f}", "share": share, **ends})
+    return pd.DataFrame(records, columns=["part", "seconds", "share", "least", "most"])
 
 
 def rates_at_the_edge(sensitivity: pd.DataFrame) -> str:

@@ -68,7 +68,7 @@ def make_study(make_cell, make_result):
     """Returns a function that makes up the results of a study of two arms, the errors of ``b`` twice those of ``a``.
 
     Each cell has 4 test trajectories, and errors in proportion to arm, ``1 + seed`` and ``1 + trajectory``. Each has 3
-    members, whose errors have no correlation and are 1, 2 and 3 times a unit.
+    members, whose errors have no correlation and are 1, 2 and 3 times a unit. With ``policies``, six of them.
     """
 
     def tables(scale, seed):
@@ -116,7 +116,23 @@ def make_study(make_cell, make_result):
             "reliability": pd.DataFrame({"variant": "raw", "promised": [0.5, 0.9], "observed": [0.4, 0.8]}),
         }
 
-    def make(datasets=("x",), seeds=3, failing=(), splits=(0,)):
+    def values(scale, seed):
+        rows = [
+            {
+                "policy": f"p{p}",
+                "propagation": name,
+                "horizon": horizon,
+                "true": p,
+                "predicted": p + error,
+                "escaped": 0.0,
+            }
+            for horizon in ("truncated", "discounted")
+            for name, size in (("simulator", 0.01), ("ts1", 0.1), ("tsinf", 0.2))
+            for p, error in enumerate(scale * size * (1 + 0.1 * seed) * np.array([1, 1.5, 2, 1, 0.5, 1]))
+        ]
+        return pd.DataFrame(rows)
+
+    def make(datasets=("x",), seeds=3, failing=(), splits=(0,), policies=False):
         results = {}
         for seed, split in itertools.product(range(seeds), splits):
             for dataset in datasets:
@@ -125,7 +141,8 @@ def make_study(make_cell, make_result):
                     if cell.key in failing:
                         results[cell.key] = make_result(cell, failure="diverged")
                     else:
-                        results[cell.key] = make_result(cell, tables(scale, seed), metrics={"r2": 0.5})
+                        made = tables(scale, seed) | ({"policy_values": values(scale, seed)} if policies else {})
+                        results[cell.key] = make_result(cell, made, metrics={"r2": 0.5})
         return results
 
     return make

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from study import figures
-from study.analysis import analyse
+from study.analysis import against_first, analyse
 from study.cells import CellKey
 from study.figures import CAPTIONS, arm_colours, draw_curves, draw_figures
 
@@ -11,7 +11,7 @@ from study.figures import CAPTIONS, arm_colours, draw_curves, draw_figures
 @pytest.fixture(scope="module")
 def tables(make_study):
     """Tables of two arms on two datasets, one training of which failed."""
-    study = make_study(datasets=("x", "y"), seeds=7, failing=[CellKey("b", "y", 1)])
+    study = make_study(datasets=("x", "y"), seeds=7, failing=[CellKey("b", "y", 1)], policies=True)
     rates = [(arm, name, rate, rate, rate == 0.1) for arm in "ab" for name in "xy" for rate in (0.1, 0.2)]
     rates = pd.DataFrame(rates, columns=["arm", "dataset", "fit_lr", "val_mse", "is_chosen"])
     horizons = pd.DataFrame({"dataset": ["x", "y"], "horizon": [10, 5]})
@@ -37,7 +37,7 @@ def test_an_arm_has_one_colour_whatever_the_others_are():
 
 
 def test_effects_have_a_panel_per_metric_a_line_per_dataset_and_the_margin(tables):
-    panels = figures.draw_effects(tables["paired"]).axes
+    panels = figures.draw_effects(against_first(tables["paired"])).axes
     assert [axes.get_title() for axes in panels][:3] == ["nRMSE", "median error", "NLL"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["x", "y"]
     (points,) = [line for line in panels[0].lines if line.get_label() == "b"]
@@ -71,9 +71,32 @@ def test_sensitivity_fills_the_marker_of_the_chosen_rate(tables):
     assert [line.get_xdata()[0] for line in chosen] == [0.1, 0.1]
 
 
+def test_values_have_a_marker_per_policy(tables):
+    first = figures.draw_values(tables["policies_values"]).axes[0]
+    lines = {line.get_label(): line for line in first.lines}
+    assert lines.keys() == {"right", "a", "b"}
+    np.testing.assert_allclose(lines["b"].get_xdata(), range(6))
+    np.testing.assert_allclose(lines["b"].get_ydata()[0], 0.4 * 1.3)  # the mean over seven seeds
+
+
+def test_the_metric_that_foresees_best_stands_first(tables):
+    foreseen = tables["policies_foreseen"]
+    (axes,) = figures.draw_foreseen(foreseen).axes
+    first = foreseen[foreseen.dataset == "all datasets"].iloc[0]
+    (points,) = [line for line in axes.lines if line.get_label() == "mean over datasets"]
+    assert points.get_xdata()[0] == first.rho and points.get_ydata()[0] == 0
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+def test_splits_and_twins_are_drawn(tables):
+    cells = pd.concat([tables["cells"].assign(split=split) for split in (0, 1, 2)])
+    twins = tables["paired"].assign(arm="a_ln", reference="a")
+    assert all(image.startswith(b"\x89PNG") for image in (figures.draw_splits(cells), figures.draw_twins(twins)))
+
+
 def test_titles_fit_their_panels(tables):
     for draw, name in ((figures.draw_effects, "paired"), (figures.draw_calibration, "reliability")):
-        figure = draw(tables[name])
+        figure = draw(against_first(tables[name]) if name == "paired" else tables[name])
         figure.draw_without_rendering()
         for axes in figure.axes:
             width = axes.title.get_window_extent().width

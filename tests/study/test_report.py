@@ -37,7 +37,7 @@ def test_a_study_leaves_tables_figures_and_reports(tmp_path, make_study, dataset
     results = make_study(datasets=("one",), seeds=3, failing=[CellKey("b", "one", 2)])
     command = "python compare_models.py --seeds 4"
     files = write_study(tmp_path, results, TUNING, grid, {"data/one.hdf5": dataset}, command)
-    tables = "cells values paired stability uncertainty horizon reliability sensitivity"
+    tables = "cells values paired stability uncertainty claims horizon reliability sensitivity extent"
     figures = "horizon calibration stability effects sensitivity"
     names = [f"{name}.csv" for name in tables.split()] + ["timings.json"] + [f"{name}.png" for name in figures.split()]
     assert [path.name for path in files] == [*names, "report.md", "report.html"]
