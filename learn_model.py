@@ -284,8 +284,9 @@ def check_paths(args: argparse.Namespace) -> None:
     outputs = [("--output", args.output), ("--csv", args.csv), ("--dataset_path", args.dataset_path)]
     for folder in {Path(os.path.realpath(path)).parent for _, path in outputs if path is not None}:
         if folder.parent == LOGS.resolve():
-            names = [name for name in OWN_FILES if name != "metrics.csv" or folder.name != args.run_name]
-            kept += [(f"run {folder.name!r}", folder / name) for name in names]
+            named = None if args.csv is None or folder.name != args.run_name else Path(os.path.realpath(args.csv))
+            own = named if named == folder / "metrics.csv" else None  # --csv may name what is so anyway
+            kept += [(f"run {folder.name!r}", folder / name) for name in OWN_FILES if folder / name != own]
     check_outputs(outputs, kept)
 
 

@@ -106,6 +106,11 @@ def test_what_must_live_is_not_overwritten(place, capsys, flag, path):
     assert "overwrite" in line
 
 
+def test_the_model_does_not_replace_the_metrics(place, capsys):
+    line = refuse(["--dataset", "d.hdf5", *COMMAND, "--run_name", "r", "--output", "logs/r/metrics.csv"], place, capsys)
+    assert "overwrite" in line
+
+
 @pytest.mark.parametrize("dataset", ["d.hdf5::observations", "sym.hdf5", "hard.hdf5::a,b"])
 @pytest.mark.parametrize("path", ["d.hdf5", "hard.hdf5", "sym.hdf5"])
 def test_a_dataset_of_chosen_keys_or_by_a_link_is_not_overwritten(place, capsys, dataset, path):
