@@ -17,6 +17,7 @@ import pytest
 import learn_model
 from cli import check_output_file, check_output_folder, output_path
 from learn_model import main
+from utils import ROOT
 
 LONG = "n" * 300
 DEEP = "/".join(["x" * 200] * 25)
@@ -119,7 +120,7 @@ def test_a_dataset_of_chosen_keys_or_by_a_link_is_not_overwritten(place, capsys,
 
 @pytest.mark.parametrize("name", ["hopper-medium-demo", "hopper-random-demo"])
 def test_bundled_data_are_not_overwritten(place, capsys, name):
-    path = Path(learn_model.ROOT) / "data" / "bundled" / f"{name}.hdf5"
+    path = ROOT / "data" / "bundled" / f"{name}.hdf5"
     assert "--dataset" in refuse(["--dataset", name, *COMMAND, "--output", str(path)], place, capsys)
 
 
