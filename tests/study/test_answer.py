@@ -95,8 +95,8 @@ def test_loss_and_type_are_taken_apart():
     (said,) = loss_and_type_texts(pairs)
     assert said == (
         "Long rollouts (`rollout_mean`): the loss alone changes it by the factors 0.8 (0.8 to 0.8; `dnn_huber` / "
-        "`dnn`) and 0.7 (0.7 to 0.7; `faithful_huber` / `faithful`), the type alone changes it by the factors 1 (1 to 1; "
-        "`faithful` / `dnn`) and 1.01 (1.01 to 1.01; `faithful_huber` / `dnn_huber`)."
+        "`dnn`) and 0.7 (0.7 to 0.7; `faithful_huber` / `faithful`), the type alone changes it by the factors 1 "
+        "(1 to 1; `faithful` / `dnn`) and 1.01 (1.01 to 1.01; `faithful_huber` / `dnn_huber`)."
     )
 
 
