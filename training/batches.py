@@ -119,7 +119,8 @@ def _change(states: np.ndarray, next_states: np.ndarray) -> np.ndarray:
 def _shift_and_scale(values_of: Callable[[slice], np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and deviation per column; the deviation is exactly 0 where all values are equal.
 
-    It is the mean absolute deviation or, where values move rarely, the standard deviation.
+    It is the mean absolute deviation or, where values move rarely, the standard deviation. One that float32 cannot tell
+    from 0, as only that of float64 states can be, is 0.
     """
     first = values_of(slice(0, 1)).astype(np.float64)[0]
     total, varies = 0.0, False
@@ -134,7 +135,8 @@ def _shift_and_scale(values_of: Callable[[slice], np.ndarray], rows: int) -> tup
         absolute = absolute + distance.sum(axis=0)
         squared = squared + np.square(distance).sum(axis=0)
     deviation, standard = absolute / rows, np.sqrt(squared / rows)
-    return mean, np.where(moves_rarely(standard, deviation), standard, deviation)
+    deviation = np.where(moves_rarely(standard, deviation), standard, deviation)
+    return mean, np.where(deviation < np.finfo(np.float32).tiny, 0.0, deviation)
 
 
 def _float32(values: np.ndarray) -> Tensor:
