@@ -279,6 +279,30 @@ def test_groups_in_groups_end(tmp_path, write, loaded, place, shape):
     assert dataset is None or place in ("infos", "metadata")
 
 
+# --- HDF5: damaged names ---
+
+DAMAGED = {
+    "a heap of names": (b"HEAP", b"HEAR"),
+    "a tree of names": (b"TREE", b"TREF"),
+    "a node of names": (b"SNOD", b"SNOE"),
+    "a name out of order": (b"rewards\0", b"zewards\0"),
+    "a needed name out of order": (b"observations\0", b"zbservations\0"),
+    "a name of another length": (b"terminals\0", b"term\0nals\0"),
+    "a name that is empty": (b"actions\0", b"\0ctions\0"),
+    "a name that is no text": (b"timeouts\0", b"\xffimeouts\0"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_names_are_refused_or_do_no_harm(write, loaded, case):
+    """Fuzzing found it: h5py makes KeyErrors and others of names that lead nowhere."""
+    path, (before, after) = write(), DAMAGED[case]
+    content = path.read_bytes()
+    assert before in content
+    path.write_bytes(content.replace(before, after))
+    loaded(path)
+
+
 # --- HDF5: names and attributes ---
 
 NAMES = {
