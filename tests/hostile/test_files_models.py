@@ -126,6 +126,17 @@ def test_members_that_do_not_fit_are_refused(write, refused, case):
         assert str(path) in refused(load, path, error=ValueError)
 
 
+def test_members_that_were_normalised_differently_are_refused(tmp_path, refused, random_member):
+    """Fuzzing found it: one byte of the shifts of one member."""
+    path, members = tmp_path / "model.pkl", [random_member(DeterministicModel, index) for index in range(2)]
+    members[1].network.delta_shift[0] += 1
+    path.write_bytes(pickle.dumps((members, METADATA), protocol=4))
+    assert len(load_models(path)[0]) == 2  # each for itself is as it should be
+    assert "was normalised differently" in refused(load_ensemble, path, error=ValueError)
+    line = refused(Model.load, path, "cpu")
+    assert "was normalised differently" in line and str(path) in line
+
+
 def test_members_as_they_should_be_are_read(write):
     assert len(load_ensemble(write())) == 2
 
