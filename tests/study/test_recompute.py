@@ -6,6 +6,7 @@ of freedom. Random draws are others, so that limits agree roughly; the estimates
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,9 +127,113 @@ def check(folder, most=None):
     return len(lines)
 
 
+# --- Other tables, from the same cells ---
+
+
+def check_values(folder):
+    """Compares the published value of each metric with the mean over seeds of those of the cells."""
+    cells, values = read_cells(folder), pd.read_csv(folder / "values.csv")
+    horizons = pd.read_csv(folder / "horizons.csv").set_index("dataset").horizon
+    checked = 0
+    for line in values[values.metric.isin(METRICS)].itertuples():
+        compute, is_ratio = METRICS[line.metric]
+        by_seed = {}
+        for (arm, dataset, seed, _), tables in cells.items():
+            if (arm, dataset) == (line.arm, line.dataset):
+                once = np.ones((int(tables["trajectories"].trajectory.max()) + 1, 1))
+                value = compute(tables, once, horizons[dataset])[0]
+                by_seed.setdefault(seed, []).append(np.log(value) if is_ratio else value)
+        mean = np.mean([np.mean(parts) for parts in by_seed.values()])
+        name = f"{line.metric} of {line.arm} on {line.dataset}"
+        assert (np.exp(mean) if is_ratio else mean) == pytest.approx(line.value, rel=2e-5, abs=1e-7), name
+        assert len(by_seed) == line.seeds, name
+        checked += 1
+    return checked
+
+
+def check_stability(folder):
+    """Compares spread and stray members with what the products of members' errors give."""
+    cells, stability = read_cells(folder), pd.read_csv(folder / "stability.csv")
+    for line in stability.itertuples():
+        by_split = {}
+        for (arm, dataset, _, split), tables in cells.items():
+            if (arm, dataset) == (line.arm, line.dataset):
+                products = tables["member_products"]
+                own = products[products["first"] == products["second"]]
+                by_split.setdefault(split, []).extend(0.5 * np.log(own["product"]))
+        logs = np.concatenate([np.array(part) - np.median(part) for part in by_split.values()])
+        name = f"{line.arm} on {line.dataset}"
+        assert len(logs) == line.members, name
+        assert 1.4826 * np.median(np.abs(logs - np.median(logs))) == pytest.approx(line.member_spread, rel=1e-4), name
+        assert (np.exp(logs) > 2).sum() == line.stray, name
+    return len(stability)
+
+
+def check_members(folder):
+    """Checks the cells themselves: the squared error of a mean is the mean of all products of its members' errors."""
+    for name, tables in read_cells(folder).items():
+        products, rows = tables["member_products"], tables["trajectories"]
+        both_ways = np.where(products["first"] == products["second"], 1, 2)
+        of_members = np.average(products["product"], weights=both_ways)
+        assert of_members == pytest.approx(np.average(rows.mse, weights=rows.rows), rel=1e-4), name
+        median = np.median(tables["row_errors"].error)
+        assert median <= np.sqrt(of_members) * 1.01, name  # as errors have long tails
+        assert len(tables["row_errors"]) == rows.rows.sum(), name
+
+
+def check_uncertainty(folder):
+    """Compares published rank correlations and AUROC with the means over cells."""
+    published = pd.read_csv(folder / "uncertainty.csv")
+    rows = [
+        tables["uncertainty"].assign(arm=arm, dataset=dataset)
+        for (arm, dataset, *_), tables in read_cells(folder).items()
+    ]
+    place = ["arm", "dataset", "rows", "measure"]
+    rows = (
+        pd.concat(rows)
+        .rename(columns={"rows_text": "rows"})
+        .loc[:, lambda table: ~table.columns.duplicated(keep="last")]
+    )
+    found = rows.groupby(place)[["spearman", "auroc_worst"]].mean()
+    wanted = published.set_index(place)
+    np.testing.assert_allclose(found.spearman.loc[wanted.index], wanted.spearman, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(found.auroc_worst.loc[wanted.index], wanted.auroc, rtol=2e-5, atol=1e-7)
+    return len(published)
+
+
 @pytest.mark.parametrize("folder", published_studies(), ids=lambda folder: folder.name)
 def test_published_comparisons_follow_from_published_cells(folder):
     check(folder, most=150)
+
+
+@pytest.mark.parametrize("folder", published_studies(), ids=lambda folder: folder.name)
+def test_published_values_stability_and_uncertainty_follow_from_published_cells(folder):
+    check_members(folder)
+    assert min(check_values(folder), check_stability(folder), check_uncertainty(folder)) > 0
+
+
+def test_a_small_studys_other_tables_follow_from_its_cells(small_study):
+    assert check_values(small_study) == 4 * len(METRICS)
+    assert check_stability(small_study) == 4
+    assert check_uncertainty(small_study) == 4
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "check_it"),
+    [
+        ("values", "value", check_values),
+        ("stability", "member_spread", check_stability),
+        ("stability", "stray", check_stability),
+        ("uncertainty", "auroc", check_uncertainty),
+    ],
+)
+def test_other_wrong_tables_are_found_out(table, column, check_it, small_study):
+    path = small_study / f"{table}.csv"
+    changed = pd.read_csv(path)
+    changed.loc[0, column] += 1
+    changed.to_csv(path, index=False)
+    with pytest.raises(AssertionError):
+        check_it(small_study)
 
 
 def test_a_small_studys_comparisons_follow_from_its_cells(small_study):
@@ -148,8 +253,15 @@ def test_a_wrong_table_is_found_out(small_study):
 
 
 @pytest.fixture
-def small_study(tmp_path):
+def small_study(made_study, tmp_path):
+    """A copy of the study, to be changed."""
+    return shutil.copytree(made_study, tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def made_study(tmp_path_factory):
     """A packed study of made-up cells: two arms, two splits, and six seeds on one dataset, three on the other."""
+    tmp_path = tmp_path_factory.mktemp("made")
     from config import LearnConfig
     from study.analysis import analyse
     from study.cells import Cell, CellOutcome, CellRecord, Result
@@ -169,7 +281,8 @@ def small_study(tmp_path):
             store.write(cell.name, Result(record, tables))
             results[cell.key] = store.read(cell.name)
     tables = analyse(results, {"x": 5, "y": 1})
-    save_table(tables["paired"], tmp_path / "paired.csv")
+    for name in ("paired", "values", "stability", "uncertainty"):
+        save_table(tables[name], tmp_path / f"{name}.csv")
     save_table(pd.DataFrame({"dataset": ["x", "y"], "horizon": [5, 1]}), tmp_path / "horizons.csv")
     pack(tmp_path)
     return tmp_path
