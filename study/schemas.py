@@ -81,6 +81,21 @@ def _unique(*columns: str) -> Check:
     return check
 
 
+def _even(of: str, *columns: str) -> Check:
+    """Returns a check that all of these have rows of the same values of columns: a table that was cut off has not."""
+
+    def check(table: pd.DataFrame) -> str | None:
+        groups = [part[list(columns)].reset_index(drop=True) for _, part in table.groupby(of, sort=False)]
+        is_even = all(part.equals(groups[0]) for part in groups)
+        return None if is_even else f"it has not the same {' and '.join(columns)} for every {of}"
+
+    return check
+
+
+def _all_of(*checks: Check) -> Check:
+    return lambda table: next((fault for check in checks if (fault := check(table))), None)
+
+
 def _pairs_of_members(table: pd.DataFrame) -> str | None:
     """Checks that there is one row for every two members, and no member that has none."""
     members = int((np.sqrt(8 * len(table) + 1) - 1) / 2)
@@ -111,13 +126,17 @@ def _known_horizons(table: pd.DataFrame) -> str | None:
 
 # Of cells.
 TABLES: Mapping[str, Schema] = {
-    "training": Schema(counts=("step", "model_id"), numbers=("val_mse",), check=_unique("step", "model_id")),
+    "training": Schema(
+        counts=("step", "model_id"),
+        numbers=("val_mse",),
+        check=_all_of(_unique("step", "model_id"), _even("model_id", "step")),
+    ),
     "members": Schema(numbers=("val_mse",)),
     "skill": Schema(counts=("horizon", "starts"), numbers=("skill",), check=_unique("horizon")),
     "one_step": Schema(texts=("predictor",), numbers=("rmse", "median")),
     "likelihood": Schema(texts=("prediction",), numbers=("nll", "crps")),
     "calibration": Schema(texts=("variant", "dimension"), numbers=("ece",)),
-    "reliability": Schema(texts=("variant",), numbers=("promised", "observed")),
+    "reliability": Schema(texts=("variant",), numbers=("promised", "observed"), check=_even("variant", "promised")),
     "trajectories": Schema(
         counts=("trajectory", "rows"), numbers=("mse", "nll", "crps", "sharpness"), check=_some_rows
     ),
@@ -126,7 +145,7 @@ TABLES: Mapping[str, Schema] = {
         texts=("propagation",),
         counts=("horizon",),
         numbers=("median", "skill", "exploded"),
-        check=_unique("propagation", "horizon"),
+        check=_all_of(_unique("propagation", "horizon"), _even("propagation", "horizon")),
     ),
     "starts": Schema(texts=("propagation",), counts=("trajectory", "horizon"), numbers=("error",)),
     "row_errors": Schema(counts=("trajectory",), numbers=("error",)),
@@ -174,7 +193,8 @@ def read_table(path: Path, schema: Schema, advice: str, names: Iterable[str] = (
         raise
     except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{path} cannot be read ({error}); {advice}") from None
-    if fault := schema.fault(table):
+    fault = schema.fault(table) if content.endswith(b"\n") else "it is cut off"
+    if fault is not None:
         raise InputError(f"{path} is damaged: {fault}; {advice}")
     return table
 
@@ -196,3 +216,7 @@ def check_tables(tables: Mapping[str, pd.DataFrame], source: str, advice: str) -
     for name in {"row_errors", "starts"} & tables.keys() if "trajectories" in tables else ():
         if not tables[name].trajectory.isin(tables["trajectories"].trajectory).all():
             raise InputError(f"{name} of {source} is damaged: it is of other trajectories; {advice}")
+    if {"row_errors", "trajectories"} <= tables.keys() and len(tables["row_errors"]) != tables[
+        "trajectories"
+    ].rows.sum():
+        raise InputError(f"row_errors of {source} is damaged: it has not all rows; {advice}")

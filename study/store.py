@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from cli import nearest_existing
 from data.limits import Budget
@@ -147,16 +147,19 @@ class CellStore:
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Holds a lock for the block; where another process has it, says so and waits."""
-        lock = self.lock(name)
-        try:
-            lock.acquire(timeout=_PATIENCE)
-        except Timeout:
-            warn(f"waiting for another process, which holds {name!r} of {self.folder}; stop it if it hangs")
-            lock.acquire()
-        try:
+        with self._acquire(name):
             yield
-        finally:
-            lock.release()
+
+    def _acquire(self, name: str) -> AcquireReturnProxy:
+        patience = _PATIENCE
+        while True:
+            try:
+                return self.lock(name).acquire(timeout=patience)
+            except Timeout:
+                warn(f"waiting for another process, which holds {name!r} of {self.folder}; stop it if it hangs")
+                patience = -1  # without limit
+            except FileNotFoundError:  # another process has ended, and has removed the folder of locks
+                continue
 
     def remove_leftovers(self) -> None:
         """Removes half-written files of processes that were killed; whoever calls this holds the lock ``study``."""

@@ -113,7 +113,7 @@ def test_study_leaves_cells_tables_figures_and_reports(whole):
     assert len(list(whole.glob("trials/*/one/rate-*/cell.json"))) == 2
     names = {path.name for path in whole.iterdir()}
     expected = "cells values paired stability uncertainty horizon reliability sensitivity"
-    expected += " learning_rates horizons"
+    expected += " learning_rates horizons claims extent"
     files = {"report.html", "report.md", "study.json", "timings.json"}
     files |= {f"{name}.png" for name in ("effects", "horizon", "calibration", "stability", "sensitivity")}
     assert names == {f"{name}.csv" for name in expected.split()} | files | {"cells", "trials"}
@@ -149,7 +149,7 @@ def test_errors_are_those_of_the_evaluation(whole):
         found = json.loads((cell / "cell.json").read_text())["outcome"]["metrics"]
         assert row.nrmse == pytest.approx(found["nrmse"], rel=1e-5)
         assert row.median_error == pytest.approx(found["median_error"], rel=0.02)
-        assert row.rollout_tsinf == pytest.approx(found[f"error_tsinf_{horizon}"], rel=1e-5)
+        assert row.rollout_tsinf == pytest.approx(found[f"error_tsinf_{horizon}"], rel=1e-3)  # condensed
         likelihood = pd.read_csv(cell / "likelihood.csv").set_index("prediction")
         assert row.nll == pytest.approx(likelihood.nll["mixture"], rel=1e-5)
 

@@ -183,7 +183,17 @@ def test_tables_lack_no_column_and_hold_numbers(study, look, refused, name):
     assert "does not hold" in refused(look, study)
 
 
-@pytest.mark.parametrize("name", [f"{CELL}/{name}" for name in ("cell.json", *(f"{each}.csv" for each in OF_CELLS))])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_cut_off_is_refused(study, look, refused, name):
+    path = study / name
+    text = path.read_bytes()
+    path.write_bytes(text[: len(text) // 2].rstrip(b"\n"))
+    assert str(path) in refused(look, study)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{CELL}/{name}" for name in ("cell.json", *(f"{each}.csv" for each in sorted(OF_CELLS)))]
+)
 def test_a_cell_that_is_not_whole_is_made_again(study, look, name):
     (study / name).unlink()
     assert look(study) == [CELL]
@@ -660,6 +670,22 @@ def test_locks_stay_while_another_process_holds_one(tmp_path):
         assert len(list((tmp_path / ".locks").iterdir())) == 2
     store.remove_locks()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_while_locks_are_removed_gets_the_lock(tmp_path):
+    store, held = CellStore(tmp_path), []
+
+    def wait():
+        with store.hold("study"):
+            held.append("study")
+
+    with CellStore(tmp_path).lock("study"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        shutil.rmtree(tmp_path / ".locks")  # as a process that ends does
+    waiting.join(10)
+    assert held == ["study"]
 
 
 def test_what_another_process_left_meanwhile_is_not_adopted(study, grid, datasets):

@@ -99,7 +99,7 @@ def make_study(make_cell, make_result):
             "trajectories": pd.DataFrame(
                 {
                     "trajectory": trajectory,
-                    "rows": 10,
+                    "rows": 3,
                     "mse": np.square(error),
                     "nll": scale,
                     "crps": error,

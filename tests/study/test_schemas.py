@@ -47,12 +47,28 @@ def test_tables_of_a_cell_are_of_the_same_trajectories():
     scores = dict.fromkeys(("mse", "nll", "crps", "sharpness"), 0.5)
     tables = {
         "trajectories": pd.DataFrame({"trajectory": [1, 2], "rows": 5, **scores}),
-        "row_errors": pd.DataFrame({"trajectory": [1, 2, 2], "error": 0.5}),
+        "row_errors": pd.DataFrame({"trajectory": [1] * 5 + [2] * 5, "error": 0.5}),
         "unknown": pd.DataFrame({"a": ["b"]}),
     }
     check_tables(tables, "cell", "advice")
     with pytest.raises(InputError, match="row_errors of cell is damaged: it is of other trajectories; advice"):
         check_tables(tables | {"row_errors": pd.DataFrame({"trajectory": [3], "error": 0.5})}, "cell", "advice")
+    with pytest.raises(InputError, match="row_errors of cell is damaged: it has not all rows; advice"):
+        check_tables(tables | {"row_errors": tables["row_errors"][1:]}, "cell", "advice")
+
+
+def test_a_table_that_is_cut_off_is_damaged(tmp_path):
+    path, table = (
+        tmp_path / "rollout.csv",
+        pd.DataFrame({"propagation": ["mean"] * 2 + ["ts1"] * 2, "horizon": [1, 2] * 2}),
+    )
+    table.assign(median=0.5, skill=0.5, exploded=0.0).to_csv(path, index=False)
+    read_table(path, TABLES["rollout"], "advice")
+    whole = path.read_text()
+    for text, fault in ((whole[:-2], "it is cut off"), (whole[: whole.rindex("ts1")], "has not the same horizon")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"rollout.csv is damaged: .*{fault}"):
+            read_table(path, TABLES["rollout"], "advice")
 
 
 def test_members_come_in_all_pairs():
