@@ -204,9 +204,12 @@ def turns_text(pairs: pd.DataFrame) -> str:
     for name, rows in pairs[pairs.dataset != POOLED].groupby("metric", sort=False):
         verdicts = rows.groupby(["arm", "reference"]).verdict.agg(set)
         turned = sum({"better", "worse"} <= found for found in verdicts) // 2
-        said.append(f"{turned} in `{name}`")
+        said += [f"{turned} in `{name}`"] if turned else []
     total = pairs.groupby(["arm", "reference"]).ngroups // 2
-    return f"Of {total} pairs of arms, so many are better on one dataset and worse on another: {', '.join(said)}."
+    if not said:
+        return f"Of {total} pairs of arms, none changes its order between datasets, in any primary metric."
+    where = f"of {total} pairs, {', '.join(said)}"
+    return f"No overall winner is named where arms change their order between datasets: {where}."
 
 
 def undecided_text(pairs: pd.DataFrame) -> str:

@@ -36,6 +36,12 @@ def judge(evidence, **tables):
         (0.5, 0.9, "different", "holds"),
         (1.06, 1.2, "different", "holds"),
         (0.97, 1.03, "different", "against"),
+        (0.97, 1.2, "not lower", "holds"),
+        (0.5, 0.9, "not lower", "against"),
+        (0.5, 1.2, "not lower", "open"),
+        (0.97, 1.03, "same", "holds"),
+        (1.06, 1.2, "same", "against"),
+        (0.97, 1.2, "same", "open"),
         (np.nan, np.nan, "not higher", "open"),
     ],
 )
@@ -71,6 +77,8 @@ def test_rows_are_chosen_by_further_columns_and_datasets_can_be_left_out():
     tables = pd.concat([paired(rows, propagation="ts1"), paired(rows, propagation="mean")])
     evidence = ArmsCompared("nrmse", "a", "a", "different", where={"propagation": "ts1"}, without=("hidden",))
     assert judge((evidence,), paired=tables).holds.item() == "one"
+    only = ArmsCompared("nrmse", "a", "a", "same", where={"propagation": "ts1"}, only=("hidden",))
+    assert judge((only,), paired=tables).holds.item() == "two-hidden"
 
 
 def test_claim_of_several_parts_agrees_only_where_all_do():

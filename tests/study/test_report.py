@@ -7,8 +7,17 @@ from config import LearnConfig
 from study.analysis import POOLED
 from study.cells import CellKey
 from study.grid import Grid
-from study.report import answers, by_dataset, interval_text, rates_at_the_edge, write_study
+from study.report import (
+    answers,
+    by_dataset,
+    claim_sections,
+    interval_text,
+    rates_at_the_edge,
+    time_by_part,
+    write_study,
+)
 from study.tuning import Tuning
+from study.verdicts import judge_claims
 
 ARMS = {"a": LearnConfig(fit_lr=0.1), "b": LearnConfig(fit_lr=0.1, probabilistic=True)}
 RATES = [(arm, "one", rate, rate, rate, rate, 0, rate == 0.1) for arm in "ab" for rate in (0.1, 0.2)]
@@ -88,6 +97,22 @@ def test_effects_stand_side_by_side_with_what_they_mean():
     assert list(wide) == ["metric", "dataset", "b / a"]
     assert wide["b / a"].tolist() == ["1.25 [1.1, 1.5] worse", "0.8 [1.1, 1.5] better", "0.7 [1.1, 1.5] better"]
     assert interval_text({"value": 0.5, "low": float("nan"), "high": float("nan")}, "value") == "0.5"
+
+
+def test_the_time_of_trainings_is_told_by_part():
+    rows = [("a", "x", "training", 2, 30.0), ("a", "x", "test", 2, 10.0), ("b", "x", "training", 1, 90.0)]
+    timings = pd.DataFrame(rows, columns=["arm", "dataset", "part", "runs", "seconds"])
+    training, test = time_by_part(timings).to_dict("records")
+    assert training == {"part": "training", "seconds": "50.0", "share": "88%", "least": "30.0 a", "most": "90.0 b"}
+    assert (test["seconds"], test["share"]) == ("6.7", "12%")
+
+
+def test_only_claims_that_the_study_speaks_to_are_shown():
+    pnn = {"metric": "nrmse", "arm": "pnn_beta", "reference": "pnn", "dataset": "x", "low": 0.5, "high": 0.6}
+    (section,) = claim_sections(judge_claims({"paired": pd.DataFrame([pnn])}))
+    (table,) = section.tables.values()
+    assert table["holds on"].tolist() == ["x"] and table.verdict.tolist() == ["cannot tell"]  # NLL is missing
+    assert claim_sections(judge_claims({})) == []
 
 
 def test_rates_at_the_edge_of_what_was_tried_are_said():
