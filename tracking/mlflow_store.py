@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from tracking.trackers import warn
 from utils import InputError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+
+_PATIENCE = 5.0  # seconds after which it is said that another process is waited for
 
 
 def tracking_uri() -> str:
@@ -52,10 +55,16 @@ def lock_store(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     path = sqlite_path(uri)
-    with FileLock(f"{path}.lock", timeout=60):
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        warn(f"waiting for another process, which holds {lock.lock_file}; stop it if it hangs")
+        held = lock.acquire(timeout=60 - _PATIENCE)
+    with held:
         with contextlib.closing(sqlite3.connect(path)) as database:  # an unusable path fails here at once
             is_unfinished = _is_unfinished(database)
         if is_unfinished:
