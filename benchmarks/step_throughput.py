@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         with busy_core() if args.busy else contextlib.nullcontext():
             for case in tqdm([Case(*values, rounds=args.rounds) for values in grid], unit="case"):
                 measure(results, case, arms)
-    publish(results, BUSY if args.busy else INTRODUCTION)
+    publish(results)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -164,13 +164,14 @@ def read_answer(process: subprocess.Popen[str]) -> dict[str, float]:
 # --- Tables and the figure ---
 
 
-def publish(results: harness.ResultsFile, introduction: str) -> None:
+def publish(results: harness.ResultsFile) -> None:
     """Makes tables and figure of the machine that measured last, and tables of the other machines, folded away."""
     latest = results.rows_to_show()
     others = results.machines()[1:]
     folded = [markdown_details(f"On {machine}", tables(results.rows(machine))) for machine in others]
-    text = "\n\n".join([introduction, tables(latest), *folded])
-    command = results.name.replace("_busy", " --busy")
+    is_busy = results.name.endswith("_busy")
+    text = "\n\n".join([BUSY if is_busy else INTRODUCTION, tables(latest), *folded])
+    command = "step_throughput --busy" if is_busy else None
     results.publish(text, draw(harness.compare(latest, CASE, base="ours")), command)
 
 

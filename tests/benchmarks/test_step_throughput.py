@@ -15,8 +15,9 @@ def test_a_quick_trial_measures_draws_and_leaves_what_is_published_alone(check_q
     assert table["gflops_per_s"].notna().tolist() == [arm == "floor" for arm in available * 2]
 
 
-def test_published_tables_are_those_of_the_results(check_published):
-    check_published(step_throughput.publish, step_throughput=True)
+@pytest.mark.parametrize("name", ["step_throughput", "step_throughput_busy"])
+def test_published_tables_are_those_of_the_results(check_published, name):
+    check_published(step_throughput.publish, **{name: True})
 
 
 def test_arms_that_have_been_measured_are_skipped(results):
