@@ -38,8 +38,12 @@ def html_text(text: str) -> str:
 
 def markdown_text(text: str) -> str:
     """Returns text for a heading or a cell; emphasis and code are left as they are, tags and ends of cells are not."""
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", one_line(text))
-    return re.sub(r"(?<!\\)\|", r"\\|", text)
+    return re.sub(r"(?<!\\)\|", r"\\|", markdown_paragraphs(one_line(text)))
+
+
+def markdown_paragraphs(text: str) -> str:
+    """Returns text that may have several paragraphs; as ``markdown_text``, but bars are left as they are."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", encodable(text))
 
 
 def figure_text(text: str) -> str:

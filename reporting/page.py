@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reporting.escape import encodable, html_text, markdown_text
+from reporting.escape import encodable, html_text, markdown_paragraphs, markdown_text
 from utils import atomic_write
 
 
@@ -186,7 +186,7 @@ def markdown_page(title: str, opening: Iterable[str], sections: Iterable[Section
     """
     parts = [f"# {markdown_text(title)}", *opening]
     for section in sections:
-        parts += [f"## {markdown_text(section.title)}", section.text]
+        parts += [f"## {markdown_text(section.title)}", markdown_paragraphs(section.text)]
         parts += [markdown_figure(Path(f"{name}.png"), captions[name]) for name in section.figures]
         for name, table in section.tables.items():
             parts += [f"**{markdown_text(name)}**", markdown_table(table, table.itertuples(index=False))]
