@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from data.sources import load_dataset, source_attributes
 from utils import InputError
 
 SECONDS, BYTES = 30, 2**30  # what refusing a file may take at most, beyond imports
@@ -70,3 +71,14 @@ def answered(refused):
         return result
 
     return check
+
+
+@pytest.fixture
+def loaded(answered):
+    """Returns a function that loads a dataset with all that can be asked of it, or sees it refused in a line."""
+
+    def load(name):
+        answered(source_attributes, str(name))
+        return answered(load_dataset, str(name), simulator_states=True, quiet=True)
+
+    return load

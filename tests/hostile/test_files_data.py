@@ -42,17 +42,6 @@ def write(tmp_path):
     return make
 
 
-@pytest.fixture
-def loaded(answered):
-    """Returns a function that loads a dataset with all that can be asked of it, or sees it refused in a line."""
-
-    def load(name):
-        answered(source_attributes, str(name))
-        return answered(load_dataset, str(name), simulator_states=True, quiet=True)
-
-    return load
-
-
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 

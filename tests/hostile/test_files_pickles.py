@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.behaviour import SquashedGaussianPolicy
-from data.sources import load_dataset, source_attributes
+from data.sources import load_dataset
 from utils import ROOT
 
 ROWS = 24
@@ -30,17 +30,6 @@ def columns(rows=ROWS, states=3, actions=2):
         "timeouts": np.arange(rows) % 6 == 5,
     }
     return content | {"next_observations": content["observations"] + 1}
-
-
-@pytest.fixture
-def loaded(answered):
-    """Returns a function that loads a dataset with all that can be asked of it, or sees it refused in a line."""
-
-    def load(name):
-        answered(source_attributes, str(name))
-        return answered(load_dataset, str(name), simulator_states=True, quiet=True)
-
-    return load
 
 
 # --- Pickles ---
