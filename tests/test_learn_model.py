@@ -21,6 +21,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 import learn_model
+from config import load_config
 from data.sources import load_dataset
 from data.trajectories import gather_transitions
 from dynamics_model import load_ensemble
@@ -28,6 +29,8 @@ from learn_model import main
 from tracking.checkpoints import CheckpointFiles
 from tracking.mlflow_tracker import load_run
 from tracking.run_folder import RunFolder, RunRecord
+from training import fastest_products
+from training.products import Products
 
 ROOT = Path(learn_model.__file__).parent
 LENGTH, EPISODES = 40, 12
@@ -458,6 +461,21 @@ def cut_off_after(monkeypatch):
         monkeypatch.setattr(CheckpointFiles, "save", save_and_stop)
 
     return cut
+
+
+def test_a_resumed_run_multiplies_as_it_began(linear_dataset, workplace, cut_off_after, monkeypatch):
+    """Whatever would be fastest now; and the run's configuration trains the same again."""
+    ways = iter(["torch/apart/2", "torch/together/1"])
+    monkeypatch.setattr(fastest_products, "possible_products", lambda members: [Products.parse(next(ways))])
+    command = [*arguments(linear_dataset, published("dnn"), "fit_epochs=6"), "--run_name", "cut"]
+    cut_off_after(3)
+    assert main(command) == 130
+
+    assert main([*command, "--resume"]) == 0
+
+    assert json.loads((workplace / "logs/cut/run.json").read_text())["products"] == "torch/apart/2"
+    assert load_config(workplace / "logs/cut/config.yaml").products == "torch/apart/2"
+    assert load("model.pkl")[1]["config"]["products"] == "torch/apart/2"
 
 
 def astray(path, member):
